@@ -1,0 +1,165 @@
+"""The command line: one command a stage, whose flags are the files it reads and writes.
+
+Exit codes: 0 done, 2 a mistake of the user's (one line: where, the rule, what came), 1 a bug (traceback),
+75 a training run that was told to stop and has saved its state.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from medmask import __version__, io
+from medmask.config.messages import explain
+from medmask.errors import ConfigError, MedmaskError, Stopped
+
+STAGES = {
+    "data": "read a dataset into a manifest and one packed file of pixels",
+    "split": "put each image on a side: train, val, test, meta_set",
+    "noise": "flip labels at random",
+    "pretrain": "train, or load, a first set of weights",
+    "finetune": "train a classifier, from pretrained weights or from scratch",
+    "evaluate": "predict the test sets and compute the metrics with their intervals",
+    "runs": "write down the runs of an experiment",
+    "aggregate": "put the runs of an experiment into tables and figures",
+}
+COMMANDS = {
+    "plan": "show which runs are new, which are done, and what each job asks for",
+    "schema": "write the JSON schema of the config and the key tables of config/README.md",
+}
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; return its exit code."""
+    parser = argparse.ArgumentParser("medmask", description="Stages and commands of medmask.")
+    parser.add_argument("--version", action="version", version=f"medmask {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = argv[0] if argv else ""
+    for name, summary in {**STAGES, **COMMANDS}.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == chosen in STAGES:
+            add_stage_arguments(command, stage_module(name))
+        elif name == chosen in COMMANDS:
+            importlib.import_module(f"medmask.{name}").add_arguments(command)
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if is_main_rank() else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    work_dir = getattr(args, "work_dir", None)
+    try:
+        if args.command in COMMANDS:
+            return importlib.import_module(f"medmask.{args.command}").main(args)
+        if work_dir is not None:
+            (work_dir / "refused").unlink(missing_ok=True)
+        run_stage(args)
+    except Stopped as stop:
+        print(f"medmask {args.command}: {stop}", file=sys.stderr)
+        return STOPPED
+    except MedmaskError as error:
+        if is_main_rank():
+            print(f"medmask {args.command}: error: {error}", file=sys.stderr)
+        if work_dir is not None:
+            with io.atomic_path(work_dir / "refused") as part:
+                part.write_text(f"{error}\n", encoding="utf-8")
+        return 2
+    return 0
+
+
+def is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stage_module(name: str) -> ModuleType:
+    """The module of a stage; it has CONFIG, INPUTS, OPTIONAL, OUTPUTS and run, and for training TRAINS."""
+    return importlib.import_module(f"medmask.stages.{name}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> None:
+    """The flags of a stage are its input and output files."""
+    parser.add_argument("--config", required=True, help="settings: JSON text, or the name of a JSON file")
+    for name in stage.INPUTS:
+        parser.add_argument(flag(name), type=Path, required=True, help="input")
+    for name in stage.OPTIONAL:
+        parser.add_argument(flag(name), type=Path, help="input, where there is one")
+    for name in stage.OUTPUTS:
+        parser.add_argument(flag(name), type=Path, required=True, help="output")
+    if getattr(stage, "NEEDS_DATA_ROOT", False):
+        parser.add_argument("--data-root", type=Path, required=True, help="folder that holds the datasets")
+    if getattr(stage, "TRAINS", False):
+        parser.add_argument("--work-dir", type=Path, required=True, help="folder of checkpoints and TensorBoard files")
+        parser.add_argument("--checkpoint-min", type=float, default=15, help="minutes between checkpoints (15)")
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Check settings and inputs, run the stage on temporary outputs, and move them into place when all is done."""
+    stage = stage_module(args.command)
+    settings = parse_settings(args.config, stage.CONFIG, args.command)
+    files: dict[str, Any] = {name: getattr(args, name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
+    for name, path in files.items():
+        if path is not None and not path.exists():
+            raise ConfigError(f"{flag(name)}: no such file: {path}")
+    if getattr(stage, "NEEDS_DATA_ROOT", False):
+        files["data_root"] = args.data_root
+    if getattr(stage, "TRAINS", False):
+        files |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
+    targets = {name: getattr(args, name) for name in stage.OUTPUTS}
+    record = {
+        "stage": args.command,
+        **io.provenance(),
+        "config": TypeAdapter(stage.CONFIG).dump_python(settings, mode="json"),
+        "inputs": {name: str(path) for name, path in files.items() if isinstance(path, Path)},
+    }
+    with all_or_none(targets) as parts:
+        stage.run(settings, **files, **parts)
+        if is_main_rank():
+            io.write_json(next(iter(targets.values())).with_name("config.json"), record)
+
+
+def parse_settings(text: str, model: Any, where: str) -> Any:
+    """Settings from JSON text or from a JSON file, checked; ConfigError when a key breaks a rule."""
+    try:
+        given = json.loads(text) if text.lstrip().startswith("{") else io.read_json(Path(text))
+        if isinstance(given, dict) and set(given) >= {"stage", "config", "medmask"}:
+            given = given["config"]  # the config.json of an earlier result
+        return TypeAdapter(model).validate_python(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config: not JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {text}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ConfigError(explain(error, where)) from error
+
+
+@contextmanager
+def all_or_none(targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
+    """Yield temporary names for outputs; on success rename all, in order, on failure leave what was there before."""
+    parts = {}
+    for name, path in targets.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts[name] = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield parts
+        if is_main_rank():
+            for name, path in targets.items():
+                io.publish(parts[name], path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""Config of the stages data, split and noise."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from medmask.config.base import READERS, Block, Fraction, Inside, Int, Mode, Name, Text
+
+
+class Shortcut(Block):
+    """A spurious cue that is drawn into the images."""
+
+    kind: Literal["rectangle"] = Field("rectangle", description="shape of the cue")
+    size: Int = Field(6, ge=1, description="side of the cue in pixels")
+    colour: tuple[Int, Int, Int] = Field((0, 0, 255), description="RGB, 0 to 255")
+    rate: dict[str, Fraction] = Field(description="class name: fraction of its training images that carry the cue")
+
+
+class Dataset(Block):
+    """What is on disk and how it becomes one packed file; the place is `data_root`."""
+
+    reader: Text = Field(description=f"{', '.join(READERS)}, or `file.py:function` (a function of the data folder)")
+    folder: Inside = Field("", description="folder below `data_root`")
+    labels: Inside | None = Field(None, description="label table below `folder` (isic2019, csv)")
+    metadata: Inside | None = Field(None, description="table with `image` and `lesion_id` below `folder` (isic2019)")
+    images: Inside | None = Field(None, description="image folder below `folder` (isic2019, csv)")
+    lists: dict[Name, Inside] = Field({}, description="name: list of images below `folder`, for `split.kind: lists`")
+    classes: tuple[Text, ...] | None = Field(None, description="keep only these classes, in this order")
+    relabel: dict[Text, tuple[Text | Int, ...]] | None = Field(None, description="new class: the old classes in it")
+    resize: Int | None = Field(None, ge=1, description="shorter side after packing, pixels; null keeps the size")
+    shortcut: Shortcut | None = Field(None, description="spurious cue (a later version)")
+
+    @model_validator(mode="after")
+    def known_reader(self) -> "Dataset":
+        if self.reader not in READERS and ".py:" not in self.reader:
+            raise ValueError(f"reader: need one of {', '.join(READERS)} or file.py:function, got {self.reader!r}")
+        if self.reader == "csv" and self.labels is None:
+            raise ValueError("labels: reader csv needs the name of its table")
+        if self.relabel is not None and self.classes is not None:
+            raise ValueError("relabel: contradicts `classes`; give one of the two")
+        return self
+
+
+class MetaSet(Block):
+    """Trusted images, taken from those that are on no other side."""
+
+    list: Name | None = Field(None, description="name of one of the dataset's lists")
+    draw: Int | None = Field(None, ge=1, description="number of images to draw")
+    per_class: Int | None = Field(None, ge=1, description="number of images a class; with `draw` at most so many")
+
+    @model_validator(mode="after")
+    def one_source(self) -> "MetaSet":
+        if (self.list is None) == (self.draw is None and self.per_class is None):
+            raise ValueError("meta_set: give `list`, or `draw` and `per_class`")
+        return self
+
+
+class Split(Block):
+    """Which image goes to which side: train, val, test, meta_set."""
+
+    PUBLISHED = {"by": "image", "crossing": "keep"}
+
+    kind: Literal["stratified", "lists", "folders"] = Field(
+        description="stratified: drawn; lists: the dataset's lists; folders: the sides that the source names"
+    )
+    mode: Mode = Field("corrected", description="preset; as_published sets `by: image`, `crossing: keep`")
+    sizes: dict[Literal["train", "val", "test"], Fraction | Int] | None = Field(
+        None, description="stratified: fraction or number of images a side"
+    )
+    seed: Int = Field(0, ge=0, description="seed of the drawing; splits do not follow the run's seed")
+    train: Name = Field("train", description="lists, folders: list of the training images")
+    test: Name | dict[Name, Name] = Field("test", description="lists, folders: test list, or test set name: list")
+    val: Name | Fraction = Field(0.0, description="lists, folders: list, or fraction of the training images")
+    meta_set: MetaSet | None = Field(None, description="trusted images")
+    by: Literal["group", "image"] = Field("group", description="unit that is drawn; image ignores patients and lesions")
+    crossing: Literal["drop", "refuse", "keep"] = Field(
+        "drop", description="training images of a group that is in the test set: drop them, refuse, or keep and count"
+    )
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> "Split":
+        if (self.kind == "stratified") != (self.sizes is not None):
+            raise ValueError("sizes: needed with `kind: stratified`, and only there")
+        if self.sizes is not None:
+            if not {"train", "test"} <= set(self.sizes):
+                raise ValueError("sizes: need at least train and test")
+            kinds = {isinstance(size, int) for size in self.sizes.values()}
+            if len(kinds) > 1:
+                raise ValueError(f"sizes: need all fractions or all counts, got {self.sizes}")
+            if kinds == {False} and sum(self.sizes.values()) > 1 + 1e-9:
+                raise ValueError(f"sizes: fractions sum to {sum(self.sizes.values()):g}, more than 1")
+            if min(self.sizes["train"], self.sizes["test"]) <= 0:
+                raise ValueError(f"sizes: train and test need images, got {self.sizes}")
+        return self
+
+
+class Noise(Block):
+    """Label noise."""
+
+    PUBLISHED = {"sides": ("train",), "targets": "all"}
+
+    kind: Literal["none", "symmetric"] = Field(description="symmetric: each flipped label moves to any other class")
+    mode: Mode = Field("corrected", description="preset; as_published sets `sides: [train]`, `targets: all`")
+    rate: Fraction = Field(0.0, description="fraction of the labels that change: exactly floor(N * rate) a side")
+    sides: tuple[Literal["train", "val"], ...] = Field(("train", "val"), description="sides whose labels change")
+    targets: Literal["occurring", "all"] = Field(
+        "occurring", description="classes a label can move to: those with images, or all columns of the source"
+    )
+    seed: Int = Field(0, ge=0, description="set by the experiment's seeds")
+
+    @model_validator(mode="after")
+    def rate_fits(self) -> "Noise":
+        if (self.kind == "none") != (self.rate == 0):
+            raise ValueError(f"rate: `kind: {self.kind}` contradicts a rate of {self.rate:g}")
+        if not self.sides:
+            raise ValueError("sides: need at least one side")
+        return self

@@ -1,0 +1,199 @@
+"""Experiments become runs and keyed artifacts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medmask.config.load import load_config
+from medmask.errors import ConfigError
+from medmask.runs import make_plan, refuse_unavailable
+from tests.test_config import put, small
+
+PAPERS = sorted(Path("config/papers").glob("*.yaml"))
+GOLDEN = Path(__file__).parent / "fixtures" / "keys.json"
+
+
+def plan_of(raw):
+    return make_plan(load_config(raw))
+
+
+def keys(plan):
+    return {stage: set(artifacts) for stage, artifacts in plan.artifacts.items() if artifacts}
+
+
+def changed_stages(before, after):
+    return {stage for stage in before if before[stage] != after.get(stage)}
+
+
+def test_runs_are_the_product_of_axes_and_seeds():
+    raw = put(small(), "experiments/e/set", {"finetune.lr": [0.1, 0.2, 0.3]})
+    raw["experiments"]["e"]["exclude"] = [{"finetune.lr": 0.2}]
+    plan = plan_of(raw)
+    assert [(r.cell.run, r.seed) for r in plan.runs["e"]][:4] == [
+        ("scratch[lr=0.1]", 0), ("scratch[lr=0.1]", 1), ("scratch[lr=0.3]", 0), ("scratch[lr=0.3]", 1),
+    ]  # fmt: skip
+    assert len(plan.runs["e"]) == 2 * 2 * 2
+
+
+def test_common_prefixes_are_shared():
+    plan = plan_of(small())
+    assert {stage: len(found) for stage, found in plan.artifacts.items()} == {
+        "data": 1, "split": 1, "noise": 2, "pretrain": 2, "mask": 0, "finetune": 4, "evaluate": 4,
+    }  # fmt: skip
+
+
+def renamed(raw):
+    raw["finetunings"]["another"] = raw["finetunings"].pop("plain")
+    raw["finetunings"].pop("later")
+    for row in raw["experiments"]["e"]["runs"].values():
+        row["finetune"] = "another"
+    return raw
+
+
+def reordered(raw):
+    return json.loads(json.dumps(raw, sort_keys=True))
+
+
+SAME = {
+    "renamed block": renamed,
+    "reordered keys": reordered,
+    "default written out": lambda raw: put(raw, "finetunings/plain/momentum", 0.9),
+    "text for a number": lambda raw: put(raw, "finetunings/plain/lr", "1e-1"),
+    "more workers": lambda raw: put(raw, "finetunings/plain/workers", 4),
+    "another time limit": lambda raw: put(raw, "finetunings/plain/needs", {"hours": 9}),
+    "preset written out": lambda raw: put(raw, "noises/sym/sides", ["train", "val"]),
+    "more metrics": lambda raw: {**raw, "evaluations": {"default": {"metrics": ["f1_macro"]}}},
+    "an experiment renamed": lambda raw: {**raw, "experiments": {"f": raw["experiments"]["e"]}},
+    "another data root": lambda raw: {**raw, "data_root": "elsewhere"},
+    "another title": lambda raw: put(raw, "experiments/e/title", "A title"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_does_not_matter_changes_no_key(name):
+    assert keys(plan_of(SAME[name](small()))) == keys(plan_of(small()))
+
+
+DIFFERENT = {
+    "finetunings/plain/lr": (0.2, {"finetune", "evaluate"}),
+    "pretrainings/base/lr": (0.2, {"pretrain", "finetune", "evaluate"}),
+    "noises/sym/rate": (0.2, {"noise", "pretrain", "finetune", "evaluate"}),
+    "splits/holdout/seed": (1, {"split", "noise", "pretrain", "finetune", "evaluate"}),
+    "datasets/digits/resize": (4, {"data", "split", "noise", "pretrain", "finetune", "evaluate"}),
+}
+
+
+@pytest.mark.parametrize("path", DIFFERENT)
+def test_a_change_moves_its_stage_and_what_follows(path):
+    value, expected = DIFFERENT[path]
+    before, after = keys(plan_of(small())), keys(plan_of(put(small(), path, value)))
+    assert changed_stages(before, after) == expected
+
+
+def test_ranks_matter_only_without_sync_bn():
+    def digests(ranks, sync_bn):
+        raw = put(put(small(), "pretrainings/base/ranks", ranks), "pretrainings/base/sync_bn", sync_bn)
+        return [key[-12:] for key in plan_of(raw).artifacts["pretrain"]]
+
+    assert digests(1, True) == digests(8, True)
+    assert digests(2, False) != digests(8, False)
+
+
+def test_more_ranks_show_in_the_key():
+    (key, _) = plan_of(put(small(), "pretrainings/base/ranks", 2)).artifacts["pretrain"]
+    assert key.startswith("digits_supervised_ddp_s0-")
+
+
+def test_seed_stages_share_what_does_not_follow_the_seeds():
+    plan = plan_of(put(small(), "experiments/e/seed_stages", ["finetune"]))
+    assert len(plan.artifacts["pretrain"]) == len(plan.artifacts["noise"]) == 1
+    assert len(plan.artifacts["finetune"]) == 4
+
+
+def test_a_run_may_start_from_another_run():
+    raw = small()
+    raw["experiments"]["e"]["runs"]["again"] = {"pretrain": {"run": "scratch"}, "finetune": "plain"}
+    plan = plan_of(raw)
+    first, again = (next(r for r in plan.runs["e"] if r.cell.row == row) for row in ("scratch", "again"))
+    assert again.artifacts["finetune"].inputs["init"] is first.artifacts["finetune"]
+
+
+def test_after_chains_finetunings():
+    raw = small()
+    raw["experiments"]["e"]["runs"]["later"] = {"pretrain": "base", "finetune": "later"}
+    plan = plan_of(raw)
+    started, later = (next(r for r in plan.runs["e"] if r.cell.row == row) for row in ("started", "later"))
+    assert later.artifacts["finetune"].inputs["init"] is started.artifacts["finetune"]
+
+
+def test_an_ambiguous_source_is_refused():
+    raw = small()
+    raw["experiments"]["e"]["runs"]["scratch"]["set"] = {"finetune.lr": [0.1, 0.2]}
+    raw["experiments"]["e"]["runs"]["again"] = {"pretrain": {"run": "scratch"}, "finetune": "plain"}
+    with pytest.raises(ConfigError, match=r"again.pretrain: 'scratch' stands for 2 runs a seed, need one"):
+        plan_of(raw)
+
+
+def test_a_pretraining_may_have_its_own_data():
+    raw = small()
+    raw["datasets"]["other"] = {"reader": "mnist", "folder": "mnist"}
+    raw["splits"]["given"] = {"kind": "folders"}
+    raw["pretrainings"]["base"]["data"] = {"dataset": "other", "split": "given"}
+    plan = plan_of(raw)
+    assert {key.split("_")[0] for key in plan.artifacts["pretrain"]} == {"mnist"}
+    assert {key.split("_")[0] for key in plan.artifacts["finetune"]} == {"digits"}
+
+
+def test_as_published_sets_named_keys_only():
+    published = plan_of(put(small(), "noises/sym/mode", "as_published"))
+    by_hand = put(put(small(), "noises/sym/sides", ["train"]), "noises/sym/targets", "all")
+    assert keys(published) == keys(plan_of(by_hand))
+
+
+# the five papers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_with_the_shapes_of_all_five_papers_plans():
+    raw = yaml.safe_load((Path(__file__).parent / "fixtures" / "config_papers.yaml").read_text())
+    plan = plan_of(raw)
+    assert {name: len(runs) for name, runs in plan.runs.items()} == {
+        "demo": 4, "noisy_labels": 24, "masktune": 51, "noise_mask": 12, "transfer": 44,
+    }  # fmt: skip
+    by_row = {(run.cell.experiment, run.cell.row): run for run in plan.experiment_runs()}
+    upper = by_row["noisy_labels", "upper"].artifacts["finetune"]
+    teacher = upper.inputs["teacher"]
+    assert teacher.inputs["noise"].key.startswith("isic2019_none-")
+    assert teacher is by_row["noisy_labels", "erm"].artifacts["finetune"] or teacher.stage == "finetune"
+    twice = by_row["masktune", "twice"].artifacts["finetune"]
+    once = twice.inputs["init"]
+    assert twice.inputs["masks"].inputs["model"] is once
+    assert once.inputs["masks"].inputs["model"].stage == "pretrain"
+    assert len(plan.artifacts["mask"]) == 6  # maps once per network, whatever the rule and strength
+    heated = by_row["noise_mask", "heated"].artifacts["pretrain"]
+    assert "_ddp_" in heated.key
+    with pytest.raises(ConfigError, match="is not in this version"):
+        refuse_unavailable(plan)
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.stem)
+def test_papers_plan_and_can_run(paper):
+    plan = plan_of(yaml.safe_load(paper.read_text()))
+    refuse_unavailable(plan)
+    assert not any(key.startswith("digits") for key in plan.artifacts["data"])
+
+
+def test_keys_of_the_papers_are_as_reviewed():
+    """After a wanted change: python -m tests.test_runs writes the file anew."""
+    assert paper_keys() == json.loads(GOLDEN.read_text())
+
+
+def paper_keys():
+    files = [Path("config/config.yaml"), *PAPERS]
+    plans = {path.stem: plan_of(yaml.safe_load(path.read_text())) for path in files}
+    return {name: {stage: sorted(found) for stage, found in keys(plan).items()} for name, plan in plans.items()}
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(paper_keys(), indent=1) + "\n")

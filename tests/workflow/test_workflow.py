@@ -1,0 +1,196 @@
+"""What runs, what runs again, and what is refused, through the real Snakefile."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.conftest import ROOT, Workflow, job_stats, tiny
+
+SUMMARY = (
+    "experiment,run,dataset,split,noise,pretrain,finetune,seed,test_set,metric,value,ci_low,ci_high,n,n_groups,"
+    "selection,published,published_source"
+)
+
+
+@pytest.mark.slow
+def test_the_chain_ends_in_tables_figures_and_a_report(finished):
+    folder = finished.folder / "results" / "tiny"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in ("metric", "confusion", "curves", "noise") for kind in ("png", "svg")}
+    tables = {"summary.csv", "table.csv", "table.md", "table.tex", "table.html", "runs.csv", "claim.md"}
+    assert names - {"config.json"} == {"report.html"} | figures | tables
+    assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert len(rows) == 2 * 2 * 2  # runs, metrics, selections
+    assert all(0 <= float(row["ci_low"]) <= float(row["value"]) <= float(row["ci_high"]) <= 1 for row in rows)
+    assert "table.html" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_every_artifact_says_what_made_it(finished):
+    for config in (finished.folder / "results").glob("*/*/config.json"):
+        record = json.loads(config.read_text())
+        assert set(record) == {"stage", "medmask", "commit", "config", "inputs"}, config
+
+
+@pytest.mark.slow
+def test_nothing_partial_is_left(finished):
+    assert not [path for path in (finished.folder / "results").rglob(".*")]
+    assert not list((finished.folder / "work").rglob("*.pt"))  # checkpoints go once their results stand
+
+
+@pytest.mark.slow
+def test_a_finished_run_has_nothing_to_do(finished):
+    assert finished.jobs(tiny()) == {}
+
+
+def put(path, value):
+    def change(raw):
+        *parents, last = path.split("/")
+        block = raw
+        for name in parents:
+            block = block[name]
+        block[last] = value
+        return raw
+
+    return change
+
+
+def renamed(raw):
+    raw["finetunings"]["other"] = raw["finetunings"].pop("plain")
+    for row in raw["experiments"]["tiny"]["runs"].values():
+        row["finetune"] = "other"
+    return raw
+
+
+AGAIN = {
+    "a finetuning option": (
+        put("finetunings/plain/lr", 0.01),
+        {"finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1},
+    ),
+    "a pretraining option": (
+        put("pretrainings/base/lr", 0.01),
+        {"pretrain_ddp": 1, "finetune": 1, "evaluate": 1, "runs": 1, "aggregate": 1},
+    ),
+    "the noise": (
+        put("noises/sym/rate", 0.3),
+        {"noise": 1, "pretrain_ddp": 1, "finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1},
+    ),
+    "the split": (
+        put("splits/holdout/seed", 1),
+        {"split": 1, "noise": 1, "pretrain_ddp": 1, "finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1},
+    ),
+    "one more seed": (
+        put("experiments/tiny/seeds", [0, 1]),
+        {"noise": 1, "pretrain_ddp": 1, "finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1},
+    ),
+    "a bootstrap setting": (put("evaluations/default/draws", 300), {"evaluate": 2, "runs": 1, "aggregate": 1}),
+    "a metric of the table": (put("evaluations/default/metrics", ["f1_macro"]), {"runs": 1, "aggregate": 1}),
+    "the shape of the table": (put("experiments/tiny/table", {"decimals": 2}), {"runs": 1, "aggregate": 1}),
+    "a renamed block": (renamed, {"runs": 1, "aggregate": 1}),
+    "reordered keys": (lambda raw: json.loads(json.dumps(raw, sort_keys=True)), {}),
+    "a time limit": (put("finetunings/plain/needs", {"gpu": 0, "hours": 5}), {}),
+    "another number of ranks": (put("pretrainings/base/ranks", 4), {}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_change_runs_only_what_depends_on_it(finished, name):
+    change, expected = AGAIN[name]
+    assert finished.jobs(change(tiny())) == expected
+
+
+@pytest.mark.slow
+def test_a_comment_runs_nothing(finished, tmp_path):
+    commented = tmp_path / "commented.yaml"
+    commented.write_text("# a new comment\n" + (ROOT / "tests/fixtures/config_tiny.yaml").read_text())
+    done = finished("-n", configfile=commented)
+    assert job_stats(done.stdout + done.stderr) == {}
+
+
+@pytest.mark.slow
+def test_going_back_trains_nothing(finished):
+    """After another config has run, the first one only aggregates."""
+    other = put("experiments/tiny/table", {"decimals": 2})(tiny())
+    assert finished(config=other).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (finished.folder / "results").glob("*/*/*") if path.is_file()}
+    assert set(finished.jobs(tiny())) <= {"runs", "aggregate"}
+    assert finished(config=tiny()).returncode == 0
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {path for path in before if before[path] != after[path]}
+    assert not [path for path in changed if path.relative_to(finished.folder / "results").parts[0] != "tiny"]
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_shown_and_blocks_nothing(finished):
+    raw = tiny()
+    raw["finetunings"]["broken"] = {**raw["finetunings"]["plain"], "image": {"size": 2}}  # too small for the network
+    raw["experiments"]["tiny"]["runs"]["broken"] = {"finetune": "broken"}
+    done = finished(config=raw)
+    assert done.returncode != 0
+    table = (finished.folder / "results" / "tiny" / "table.md").read_text()
+    assert "failed" in table
+    assert "scratch" in table
+    assert finished(config=tiny()).returncode == 0
+
+
+# without a finished run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workflow(tmp_path):
+    return Workflow(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("finetunings/plain/epoch", 3, "finetunings.plain.epoch: unknown key (value 3)"),
+        ("noises/sym/rate", 1.5, "noises.sym.rate: need less than or equal to 1, got 1.5"),
+        ("experiments/tiny/split", "nope", "unknown name 'nope'; choices: holdout"),
+        ("finetunings/plain/method", "reweight", "reweight is not in this version"),
+    ],
+)
+def test_a_bad_config_is_refused_in_one_line(workflow, path, value, message):
+    done = workflow("-n", config=put(path, value)(tiny()))
+    assert done.returncode == 2
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
+    assert message in line
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (workflow.folder / "results").exists()
+
+
+@pytest.mark.parametrize("paper", sorted((ROOT / "config/papers").glob("*.yaml")), ids=lambda path: path.stem)
+def test_planning_a_paper_finds_no_job_of_the_demo(workflow, paper):
+    done = workflow("-n", configfile=paper)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "digits" not in done.stdout + done.stderr
+    assert set(yaml.safe_load(paper.read_text())["experiments"]).isdisjoint({"demo"})
+
+
+def test_without_a_configfile_the_demo_is_planned(workflow):
+    done = workflow("-n", configfile=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job_stats(done.stdout + done.stderr)["pretrain_ddp"] == 2
+
+
+def test_the_bare_profile_name_works():
+    """`snakemake --profile slurm` finds the link in the root."""
+    assert (ROOT / "slurm").is_symlink()
+    assert (ROOT / "slurm" / "config.yaml").samefile(ROOT / "profiles" / "slurm" / "config.yaml")
+    assert not (ROOT / "profiles" / "default").exists()  # would be merged over every profile
+
+
+def test_quotes_and_dollars_reach_the_stage(workflow):
+    """Text from a config is data for the shell, whatever is in it."""
+    raw = tiny()
+    raw["datasets"]["digits"] = {"reader": "csv", "folder": "a b", "labels": "x'$(touch pwned)`touch pwned`\"; touch pwned.csv"}
+    raw["data_root"] = "$(touch pwned); 'x'"
+    done = workflow(config=raw)
+    assert done.returncode == 1
+    assert not list(Path(workflow.folder).rglob("pwned"))
+    assert "$(touch pwned); 'x'" in done.stdout + done.stderr

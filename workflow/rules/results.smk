@@ -1,0 +1,52 @@
+rule evaluate:
+    input:
+        images=upstream("evaluate", "data", "images.npy"),
+        index=upstream("evaluate", "data", "index.npy"),
+        split=upstream("evaluate", "split", "split.csv"),
+        summary=upstream("evaluate", "split", "split.json"),
+        model=upstream("evaluate", "model", "model.safetensors"),
+        best=upstream("evaluate", "model", "best.safetensors"),
+    output:
+        predictions="results/evaluate/{key}/predictions.csv",
+        predictions_best="results/evaluate/{key}/predictions_best.csv",
+        metrics="results/evaluate/{key}/metrics.json",
+    log:
+        "logs/evaluate/{key}.log",
+    threads: cores("evaluate")
+    resources:
+        **needs("evaluate"),
+    params:
+        config=settings("evaluate"),
+    shell:
+        "python -m medmask evaluate --config {params.config:q} --images {input.images:q} --index {input.index:q}"
+        " --split {input.split:q} --summary {input.summary:q} --model {input.model:q} --best {input.best:q}"
+        " --predictions {output.predictions:q} --predictions-best {output.predictions_best:q}"
+        " --metrics {output.metrics:q} 2>&1 | tee {log:q}"
+
+
+rule runs:
+    output:
+        "results/runs/{experiment}-{digest}/runs.json",
+    log:
+        "logs/runs/{experiment}-{digest}.log",
+    wildcard_constraints:
+        digest="[0-9a-f]{12}",
+    priority: 1
+    params:
+        config=lambda wc: io.to_json({"experiment": wc.experiment, "config": PLAN.blocks.raw}),
+    shell:
+        "python -m medmask runs --config {params.config:q} --runs {output:q} 2>&1 | tee {log:q}"
+
+
+rule aggregate:
+    input:
+        runs=lambda wc: experiment_runs(wc.experiment),
+        evaluations=evaluations,
+    output:
+        **dict(aggregate_outputs()),
+    params:
+        arguments=lambda wc: aggregate_arguments(wc.experiment),
+    log:
+        "logs/aggregate/{experiment}.log",
+    shell:
+        "python -m medmask aggregate {params.arguments} 2>&1 | tee {log:q}"

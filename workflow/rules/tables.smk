@@ -1,0 +1,73 @@
+# What belongs to the tables of an experiment, and what is said at the end.
+REPORTED = {  # output of aggregate: its part of the report, and what it is called there
+    "table_html": ("Tables", "table"),
+    "table_csv": ("Tables", "table, all columns (CSV)"),
+    "runs_csv": ("Tables", "runs, keys and settings (CSV)"),
+    "metric_png": ("Figures", "metric by method"),
+    "confusion_png": ("Figures", "confusion matrices"),
+    "curves_png": ("Figures", "training curves"),
+    "noise_png": ("Figures", "label noise"),
+}
+AGGREGATE_OUTPUTS = {"summary": "summary.csv"}
+AGGREGATE_OUTPUTS |= {f"table_{kind}": f"table.{kind}" for kind in ("csv", "md", "tex", "html")}
+AGGREGATE_OUTPUTS |= {"runs_csv": "runs.csv"}
+AGGREGATE_OUTPUTS |= {
+    f"{name}_{kind}": f"figures/{name}.{kind}"
+    for name in ("metric", "confusion", "curves", "noise")
+    for kind in ("png", "svg")
+}
+AGGREGATE_OUTPUTS |= {"claim": "claim.md"}
+
+
+def aggregate_outputs():
+    """Outputs of the rule, those in the report with caption and category."""
+    for name, path in AGGREGATE_OUTPUTS.items():
+        path = f"results/{{experiment}}/{path}"
+        if name in REPORTED:
+            part, what = REPORTED[name]
+            path = report(
+                path,
+                caption=f"../report/{name}.rst",
+                category="{experiment}",
+                subcategory=part,
+                labels={"what": what},
+            )
+        yield name, path
+
+
+def aggregate_arguments(experiment):
+    """Flags of `medmask aggregate`: one file in, which lists the runs, and the files out."""
+    flags = {"runs": experiment_runs(experiment)}
+    flags |= {name: f"results/{experiment}/{path}" for name, path in AGGREGATE_OUTPUTS.items()}
+    text = " ".join(f"--{name.replace('_', '-')} {shlex.quote(path)}" for name, path in flags.items())
+    return f"--config '{{}}' {text}"
+
+
+def experiment_runs(experiment):
+    return f"results/runs/{PLAN.experiment_key(experiment)}/runs.json"
+
+
+def evaluations(wc):
+    """All evaluations of an experiment's runs, each once."""
+    keys = dict.fromkeys(run.artifacts["evaluate"].key for run in PLAN.runs[wc.experiment])
+    return [f"results/evaluate/{key}/metrics.json" for key in keys]
+
+
+def finish(complete):
+    """Tables of what is there, and the report; then say where it is."""
+    snapshot = Path(f"work/config-{io.digest(config)[:12]}.json")
+    io.write_json(snapshot, config)
+    for experiment in EXPERIMENTS:
+        folder = Path("results", experiment)
+        if not complete and Path(experiment_runs(experiment)).exists():
+            arguments = aggregate_arguments(experiment)
+            shell("python -m medmask aggregate {arguments} || true")
+        page, table = folder / "report.html", folder / "summary.csv"
+        if not table.exists():
+            continue
+        if complete and not (page.exists() and page.stat().st_mtime > table.stat().st_mtime):
+            shell(
+                "python -m snakemake --snakefile {workflow.main_snakefile} --report {page} --configfile {snapshot} --cores 1 --nolock --quiet all"
+                " -- {table} >/dev/null || echo 'medmask: no report for {experiment}' >&2"
+            )
+        print(f"medmask: {experiment}: table {folder}/table.md" + (f", report {page}" if page.exists() else ""))

@@ -1,0 +1,103 @@
+# One process is a job of its own; more are started by the launcher, from here. The key says which: `_ddp`.
+
+
+rule pretrain:
+    input:
+        unpack(training_inputs("pretrain")),
+    output:
+        model="results/pretrain/{key}/model.safetensors",
+        best="results/pretrain/{key}/best.safetensors",
+        history="results/pretrain/{key}/history.jsonl",
+        record="results/pretrain/{key}/record.json",
+    log:
+        "logs/pretrain/{key}.log",
+    wildcard_constraints:
+        key=ONE_PROCESS,
+    threads: cores("pretrain")
+    resources:
+        **needs("pretrain"),
+    params:
+        config=settings("pretrain"),
+        files=training_flags,
+        work="work/{key}",
+    shell:
+        "python -m medmask pretrain --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+
+
+rule pretrain_ddp:
+    input:
+        unpack(training_inputs("pretrain")),
+    output:
+        model="results/pretrain/{key}/model.safetensors",
+        best="results/pretrain/{key}/best.safetensors",
+        history="results/pretrain/{key}/history.jsonl",
+        record="results/pretrain/{key}/record.json",
+    log:
+        "logs/pretrain/{key}.log",
+    wildcard_constraints:
+        key=MANY_PROCESSES,
+    threads: cores("pretrain")
+    resources:
+        **needs("pretrain"),
+        ddp_jobs=1,
+    params:
+        config=settings("pretrain"),
+        files=training_flags,
+        work="work/{key}",
+        cluster=lambda wc, resources: resources.get("cluster", "local"),
+    shell:
+        "python -m medmask.launch --cluster {params.cluster:q} --ranks {resources.ranks} --work-dir {params.work:q} --"
+        " pretrain --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+
+
+rule finetune:
+    input:
+        unpack(training_inputs("finetune")),
+    output:
+        model="results/finetune/{key}/model.safetensors",
+        best="results/finetune/{key}/best.safetensors",
+        history="results/finetune/{key}/history.jsonl",
+        record="results/finetune/{key}/record.json",
+    log:
+        "logs/finetune/{key}.log",
+    wildcard_constraints:
+        key=ONE_PROCESS,
+    threads: cores("finetune")
+    resources:
+        **needs("finetune"),
+    params:
+        config=settings("finetune"),
+        files=training_flags,
+        work="work/{key}",
+    shell:
+        "python -m medmask finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+
+
+rule finetune_ddp:
+    input:
+        unpack(training_inputs("finetune")),
+    output:
+        model="results/finetune/{key}/model.safetensors",
+        best="results/finetune/{key}/best.safetensors",
+        history="results/finetune/{key}/history.jsonl",
+        record="results/finetune/{key}/record.json",
+    log:
+        "logs/finetune/{key}.log",
+    wildcard_constraints:
+        key=MANY_PROCESSES,
+    threads: cores("finetune")
+    resources:
+        **needs("finetune"),
+        ddp_jobs=1,
+    params:
+        config=settings("finetune"),
+        files=training_flags,
+        work="work/{key}",
+        cluster=lambda wc, resources: resources.get("cluster", "local"),
+    shell:
+        "python -m medmask.launch --cluster {params.cluster:q} --ranks {resources.ranks} --work-dir {params.work:q} --"
+        " finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
