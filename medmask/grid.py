@@ -40,7 +40,7 @@ class Cell:
     def with_blocks(self, **names: str) -> "Cell":
         """The cell with other blocks; changed keys of the replaced ones do not follow."""
         kept = tuple(item for item in self.set if item[0].split(".")[0] not in names)
-        return replace(self, set=kept, **names)  # type: ignore[arg-type]
+        return replace(self, set=kept, **names)
 
     def where(self) -> str:
         return f"experiments.{self.experiment}.runs.{self.row}"

@@ -12,6 +12,7 @@ from rich.table import Table
 from medmask.artifacts import Artifact, resources
 from medmask.config.load import load_config
 from medmask.errors import ConfigError, MedmaskError
+from medmask.grid import FIELDS
 from medmask.runs import Plan, make_plan, refuse_unavailable
 
 FINAL = {  # the file of each stage that is written last
@@ -44,7 +45,8 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"{experiment}: {len(runs)} runs, {done} done, {len(runs) - done} new")
         for run in runs if args.runs else []:
             stages = ", ".join(f"{stage} {status[a.folder]}" for stage, a in run.artifacts.items())
-            console.print(f"  {run.cell.run} seed {run.seed}: {stages}", highlight=False)
+            names = ", ".join(f"{field} {name}" for field, name in run.cell.fields().items() if field in FIELDS[1:5])
+            console.print(f"  {run.cell.run} ({names}) seed {run.seed}: {stages}", highlight=False)
     for folder, why in status.items():
         if why not in ("done", "new"):
             console.print(f"runs again: {folder}: {why}", highlight=False)
@@ -116,16 +118,16 @@ def new(plan: Plan, status: dict[str, str]) -> list[Artifact]:
 
 def job_table(plan: Plan, status: dict[str, str]) -> Table:
     """One line for jobs of a stage that ask for the same."""
-    kinds: Counter[tuple] = Counter()
-    done: Counter[tuple] = Counter()
+    kinds: Counter[Any] = Counter()
+    done: Counter[Any] = Counter()
     for artifacts in plan.artifacts.values():
         for artifact in artifacts.values():
             kind = (artifact.stage, *resources(artifact.stage, artifact.settings).values())
             kinds[kind] += 1
             done[kind] += status[artifact.folder] == "done"
     table = Table("stage", "jobs", "done", "to run", "ranks", "gpu", "cores", "mem GB", "time limit", title="jobs")
-    for kind, jobs in kinds.items():
-        stage, ranks, gpu, threads, memory, minutes = kind
-        cells = (jobs, done[kind], jobs - done[kind], ranks, gpu, threads, f"{memory / 1000:g}")
+    for (stage, ranks, gpu, threads, memory, minutes), jobs in kinds.items():
+        finished = done[stage, ranks, gpu, threads, memory, minutes]
+        cells = (jobs, finished, jobs - finished, ranks, gpu, threads, f"{memory / 1000:g}")
         table.add_row(stage, *map(str, cells), f"{minutes // 60}:{minutes % 60:02d}")
     return table

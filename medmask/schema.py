@@ -42,7 +42,8 @@ SECTIONS: dict[str, list[tuple[str, type[Block]]]] = {
     "evaluations": [("", Evaluation)],
     "experiments": [
         ("", Experiment), ("a row in `runs`", Row),
-        ("a source: `pretrain` of a row, `teacher` of a finetuning", Source), ("published", Published), ("claim", Claim), ("table", Table),
+        ("a source: `pretrain` of a row, `teacher` of a finetuning", Source),
+        ("published", Published), ("claim", Claim), ("table", Table),
     ],
 }  # fmt: skip
 

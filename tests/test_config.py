@@ -12,7 +12,9 @@ from medmask.runs import make_plan
 
 SMALL = """
 datasets: {digits: {reader: digits}}
-splits: {holdout: {kind: stratified, sizes: {train: 0.6, val: 0.2, test: 0.2}}, other: {kind: stratified, sizes: {train: 0.5, test: 0.5}}}
+splits:
+  holdout: {kind: stratified, sizes: {train: 0.6, val: 0.2, test: 0.2}}
+  other: {kind: stratified, sizes: {train: 0.5, test: 0.5}}
 noises: {sym: {kind: symmetric, rate: 0.4}}
 pretrainings:
   base: {method: supervised, backbone: small_cnn, epochs: 2, batch_size: 32, lr: 0.1}
@@ -65,15 +67,27 @@ BAD = {
     "unknown reader": ("datasets/digits/reader", "digit", "datasets.digits: reader: need one of"),
     "unknown block": ("experiments/e/runs/scratch/finetune", "plane", "did you mean 'plain'?"),
     "unknown split": ("experiments/e/split", "holdoff", "experiments.e.runs.scratch.split: unknown name 'holdoff'"),
-    "missing key": ("finetunings/plain", {"method": "supervised", "epochs": 1, "lr": 1}, "batch_size: a needed key is missing"),
+    "missing key": (
+        "finetunings/plain",
+        {"method": "supervised", "epochs": 1, "lr": 1},
+        "batch_size: a needed key is missing",
+    ),
     "rate of no noise": ("noises/sym/kind", "none", "`kind: none` contradicts a rate of 0.4"),
     "fractions over one": ("splits/holdout/sizes/test", 0.5, "fractions sum to 1.3, more than 1"),
     "mixed sizes": ("splits/holdout/sizes/test", 100, "need all fractions or all counts"),
     "path upwards": ("datasets/digits/folder", "../x", "need a path inside the data root"),
     "absolute path": ("datasets/digits/folder", "/x", "need a path inside the data root"),
-    "stage as experiment": ("experiments", {"noise": small()["experiments"]["e"]}, "experiments.noise: the name of a stage"),
+    "stage as experiment": (
+        "experiments",
+        {"noise": small()["experiments"]["e"]},
+        "experiments.noise: the name of a stage",
+    ),
     "seed in a block": ("finetunings/plain/seed", 1, "finetunings.plain.seed: seeds come from"),
-    "block called none": ("finetunings/none", {"method": "supervised", "epochs": 1, "lr": 1, "batch_size": 1}, "choose another name"),
+    "block called none": (
+        "finetunings/none",
+        {"method": "supervised", "epochs": 1, "lr": 1, "batch_size": 1},
+        "choose another name",
+    ),
     "set without stage": ("experiments/e/set", {"lr": 0.1}, "need stage.key, got 'lr'"),
     "set of unknown key": ("experiments/e/set", {"finetune.lrr": 0.1}, "finetunings.plain.lrr: unknown key"),
     "excluded field": ("experiments/e/exclude", [{"nois": "sym"}], "did you mean 'noise'?"),
@@ -82,15 +96,27 @@ BAD = {
     "no row of reference": ("experiments/e/reference", "erm", "experiments.e.reference: unknown name 'erm'"),
     "no network": ("experiments/e/runs/scratch/finetune", "none", "leaves nothing to evaluate"),
     "backbone missing": ("finetunings/plain/backbone", None, "finetunings.plain.backbone: a needed key is missing"),
-    "backbone contradicts": ("pretrainings/base/backbone", "resnet18", "small_cnn contradicts the starting weights, resnet18"),
+    "backbone contradicts": (
+        "pretrainings/base/backbone",
+        "resnet18",
+        "small_cnn contradicts the starting weights, resnet18",
+    ),
     "number for a block": ("experiments/e/runs/scratch/pretrain", 5, "scratch.pretrain: need text, got 5"),
     "typo in a source": ("experiments/e/runs/scratch/pretrain", {"runn": "x"}, "scratch.pretrain.runn: unknown key"),
     "number in an axis": ("experiments/e/runs/scratch/noise", ["sym", 3], "scratch.noise.1: need text, got 3"),
     "no seeds": ("experiments/e/seeds", [], "experiments.e.seeds: need at least 1"),
     "empty block": ("finetunings/plain", None, "finetunings.plain: need a group of keys, got None"),
-    "unknown metric": ("evaluations", {"default": {"metrics": ["acc"]}}, "evaluations.default.metrics.0: need 'accuracy'"),
+    "unknown metric": (
+        "evaluations",
+        {"default": {"metrics": ["acc"]}},
+        "evaluations.default.metrics.0: need 'accuracy'",
+    ),
     "ranks over batch": ("pretrainings/base/ranks", 64, "32 images cannot be shared by 64 ranks"),
-    "unknown run": ("experiments/e/runs/scratch/pretrain", {"run": "nobody"}, "unknown name 'nobody'; choices: scratch, started"),
+    "unknown run": (
+        "experiments/e/runs/scratch/pretrain",
+        {"run": "nobody"},
+        "unknown name 'nobody'; choices: scratch, started",
+    ),
     "empty source": ("experiments/e/runs/scratch/pretrain", {}, "a source needs `run` or a changed field"),
     "self": ("experiments/e/runs/scratch/pretrain", {"run": "scratch"}, "its sources go in a circle: plain -> plain"),
     "after itself": ("finetunings/plain/after", "plain", "its sources go in a circle"),
@@ -99,7 +125,7 @@ BAD = {
         {"dataset": "digits", "split": "other"},
         "has trained on the test images of dataset digits, split holdout",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

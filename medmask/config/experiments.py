@@ -57,6 +57,7 @@ class Claim(Block):
 
     contrast: tuple[Name, Name] = Field(description="rows a and b: is a minus b above the margin?")
     where: dict[Text, Any] = Field({}, description="field: value of the cells compared")
+    against: dict[Text, Any] = Field({}, description="field: value of the cells of row b, where they differ")
     metric: Literal[METRICS] = "accuracy"  # type: ignore[valid-type]
     test_set: Name = "test"
     selection: Literal["last", "best"] = "last"

@@ -21,7 +21,15 @@ class Workflow:
         if config is not None:
             configfile = self.folder / "changed.yaml"
             configfile.write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(self.folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            str(ROOT / "Snakefile"),
+            "--directory",
+            str(self.folder),
+        ]
         command += ["--profile", str(ROOT / "profiles" / "local"), "--cores", "2"]
         command += ["--configfile", str(configfile)] if configfile else []
         return subprocess.run(

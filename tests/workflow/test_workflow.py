@@ -19,7 +19,9 @@ SUMMARY = (
 def test_the_chain_ends_in_tables_figures_and_a_report(finished):
     folder = finished.folder / "results" / "tiny"
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    figures = {f"figures/{name}.{kind}" for name in ("metric", "confusion", "curves", "noise") for kind in ("png", "svg")}
+    figures = {
+        f"figures/{name}.{kind}" for name in ("metric", "confusion", "curves", "noise") for kind in ("png", "svg")
+    }
     tables = {"summary.csv", "table.csv", "table.md", "table.tex", "table.html", "runs.csv", "claim.md"}
     assert names - {"config.json"} == {"report.html"} | figures | tables
     assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY
@@ -188,7 +190,11 @@ def test_the_bare_profile_name_works():
 def test_quotes_and_dollars_reach_the_stage(workflow):
     """Text from a config is data for the shell, whatever is in it."""
     raw = tiny()
-    raw["datasets"]["digits"] = {"reader": "csv", "folder": "a b", "labels": "x'$(touch pwned)`touch pwned`\"; touch pwned.csv"}
+    raw["datasets"]["digits"] = {
+        "reader": "csv",
+        "folder": "a b",
+        "labels": "x'$(touch pwned)`touch pwned`\"; touch pwned.csv",
+    }
     raw["data_root"] = "$(touch pwned); 'x'"
     done = workflow(config=raw)
     assert done.returncode == 1
