@@ -40,7 +40,7 @@ def test_every_artifact_says_what_made_it(finished):
 
 @pytest.mark.slow
 def test_nothing_partial_is_left(finished):
-    assert not [path for path in (finished.folder / "results").rglob(".*")]
+    assert not list((finished.folder / "results").rglob(".*"))
     assert not list((finished.folder / "work").rglob("*.pt"))  # checkpoints go once their results stand
 
 

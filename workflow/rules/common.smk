@@ -1,4 +1,5 @@
 # Load the config, build the artifacts, and look things up in them. No torch and no numpy: every job parses this.
+import json
 import shlex
 import sys
 from pathlib import Path

@@ -33,7 +33,7 @@ rule runs:
         digest="[0-9a-f]{12}",
     priority: 1
     params:
-        config=lambda wc: io.to_json({"experiment": wc.experiment, "config": PLAN.blocks.raw}),
+        config=lambda wc: json.dumps({"experiment": wc.experiment, "config": PLAN.blocks.raw}),  # rows keep their order
     shell:
         "python -m medmask runs --config {params.config:q} --runs {output:q} 2>&1 | tee {log:q}"
 
@@ -44,9 +44,9 @@ rule aggregate:
         evaluations=evaluations,
     output:
         **dict(aggregate_outputs()),
-    params:
-        arguments=lambda wc: aggregate_arguments(wc.experiment),
     log:
         "logs/aggregate/{experiment}.log",
+    params:
+        arguments=lambda wc: aggregate_arguments(wc.experiment),
     shell:
         "python -m medmask aggregate {params.arguments} 2>&1 | tee {log:q}"
