@@ -1,0 +1,74 @@
+"""Stage data: read a dataset into a manifest and one packed file of pixels. Nothing later opens an image file."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medmask import io
+from medmask.config.data import Dataset
+from medmask.data.pack import write_pack
+from medmask.data.readers import read_source
+from medmask.data.tables import Source
+from medmask.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+CONFIG, INPUTS, OPTIONAL, OUTPUTS = Dataset, (), (), ("manifest", "images", "index", "dataset")
+NEEDS_DATA_ROOT = True
+COLUMNS = (
+    "image_id", "path", "label", "class_name", "group", "split_hint", "sha256", "width", "height", "phash",
+)  # fmt: skip
+
+
+def run(cfg: Dataset, *, data_root: Path, manifest: Path, images: Path, index: Path, dataset: Path) -> None:
+    if cfg.shortcut is not None:
+        raise ConfigError("data.shortcut: this version does not draw cues yet")
+    source = read_source(data_root, cfg)
+    if source.table.empty:
+        raise DataError(f"{data_root / cfg.folder}: no images of the classes {', '.join(source.classes)}")
+    log.info("%s: %d images, %d classes", cfg.reader, len(source.table), len(source.classes))
+    facts = write_pack(source, images, index, cfg.resize)
+    table = source.table.join(facts)
+    table["label"] = table["class_name"].map({name: label for label, name in enumerate(source.classes)})
+    table["split_hint"] = hints(source)
+    table[list(COLUMNS)].to_csv(manifest, index=False, lineterminator="\n")
+    io.write_json(dataset, summarise(cfg, source, table))
+
+
+def hints(source: Source) -> pd.Series:
+    """Names of the lists that each image stands in."""
+    names: dict[str, list[str]] = {image: [] for image in source.table["image_id"]}
+    for name, images in source.lists.items():
+        for image in images:
+            names[image].append(name)
+    return source.table["image_id"].map({image: ";".join(lists) for image, lists in names.items()})
+
+
+def summarise(cfg: Dataset, source: Source, table: pd.DataFrame) -> dict[str, Any]:
+    """What dataset.json holds. `orders` has the positions of those lists that are not in the order of the manifest."""
+    position = {image: number for number, image in enumerate(table["image_id"])}
+    orders = {name: [position[image] for image in images] for name, images in source.lists.items()}
+    counts = table["class_name"].value_counts().to_dict()
+    return {
+        "classes": list(source.classes),
+        "n": len(table),
+        "counts": {name: counts.get(name, 0) for name in source.classes},
+        "lists": {name: len(images) for name, images in source.lists.items()},
+        "reader": cfg.reader,
+        "duplicates": find_duplicates(table),
+        "orders": {name: order for name, order in orders.items() if order != sorted(order)},
+    }
+
+
+def find_duplicates(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Each image that repeats the pixels of an earlier one, after the first image with these pixels."""
+    first = table.groupby("sha256")[["image_id", "class_name"]].transform("first")
+    repeats = first["image_id"] != table["image_id"]
+    mixed = int((repeats & (first["class_name"] != table["class_name"])).sum())
+    if repeats.any():
+        log.warning(
+            "%d images repeat the pixels of an earlier one, %d of them under another class", repeats.sum(), mixed
+        )
+    return list(zip(first["image_id"][repeats], table["image_id"][repeats], strict=True))

@@ -1,0 +1,154 @@
+"""Facts of the noisy-labels study on ISIC 2019, by number, on its published lists.
+
+Source: github.com/Cute77/learning-to-reweight-examples.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import chisquare
+
+from medmask.config.data import Noise, Split
+from medmask.data.isic import (
+    CLASSES,
+    LABELS,
+    METADATA,
+    parse_row,
+    plain,
+    read_ground_truth,
+    read_isic_lists,
+    read_lesions,
+)
+from medmask.data.noise import count_flips, count_transitions, flip_symmetric
+from medmask.data.split import make_split
+from medmask.data.tables import read_rows
+
+ROOT = Path(os.environ.get("MEDMASK_DATA", Path(__file__).resolve().parents[3] / "shared/data")) / "isic2019"
+PREFIX = "ISIC_2019_Training_GroundTruth_"
+COUNTS = {
+    "train": None,
+    "sub5000_train": [910, 2495, 657, 191, 514, 52, 50, 131, 0],
+    "sub1250_test": [206, 683, 141, 52, 108, 12, 9, 39, 0],
+    "clean": [33, 88, 1, 1, 0, 1, 0, 1, 0],
+    "sub_clean": [1, 0, 1, 1, 0, 1, 0, 1, 0],
+}
+needs_data = pytest.mark.skipif(not (ROOT / "lists").is_dir(), reason=f"no ISIC 2019 lists in {ROOT}")
+
+
+def list_file(name: str) -> Path:
+    return ROOT / "lists" / f"{PREFIX}{name}.csv"
+
+
+@pytest.fixture(scope="module")
+def manifest() -> pd.DataFrame:
+    """What the stage data writes of all 25,331 images, as far as it is known without their pixels."""
+    table, classes = read_ground_truth(ROOT / LABELS)
+    assert classes == CLASSES
+    lesions = read_lesions(ROOT / METADATA)
+    lists = read_isic_lists({name: list_file(name) for name in COUNTS}, list(table["image_id"]))
+    hints = table["image_id"].map(dict.fromkeys(table["image_id"], ""))
+    for name, images in lists.items():
+        hints = hints.where(~table["image_id"].isin(images), hints + ";" + name)
+    return table.assign(
+        label=table["class_name"].map(classes.index),
+        group=[lesions.get(plain(image), "") for image in table["image_id"]],
+        split_hint=hints.str.strip(";"),
+        sha256=table["image_id"],
+    )
+
+
+def split(manifest: pd.DataFrame, **keys) -> tuple[pd.DataFrame, dict]:
+    dataset = {"classes": CLASSES, "lists": dict.fromkeys(COUNTS, 1), "orders": {}}
+    return make_split(manifest, dataset, Split(**keys))
+
+
+@needs_data
+def test_class_counts(manifest):
+    assert np.bincount(manifest["label"], minlength=9).tolist() == [4522, 12875, 3323, 867, 2624, 239, 253, 628, 0]
+    for name, counts in COUNTS.items():
+        labels = manifest["label"][manifest["split_hint"].str.split(";").map(lambda names, name=name: name in names)]
+        assert np.bincount(labels, minlength=9).tolist() == counts if counts else len(labels) == 20224
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("rate", "counts"),
+    [
+        (0.2, [811, 2089, 605, 255, 531, 172, 169, 240, 128]),
+        (0.4, [735, 1657, 599, 366, 497, 276, 305, 332, 233]),
+    ],
+)
+def test_fact_3_published_marks(manifest, rate, counts):
+    true = dict(zip(manifest["image_id"].map(plain), manifest["label"], strict=True))
+    rows = [parse_row(fields) for _, fields in read_rows(list_file(f"markedgiven5000_train_{rate}"))]
+    assert np.bincount([row.label for row in rows], minlength=9).tolist() == counts
+    assert sum(row.mark or 0 for row in rows) == count_flips(5000, rate)
+    assert all((row.label != true[plain(row.image)]) == bool(row.mark) for row in rows)
+    assert all(row.given == (true[plain(row.image)] if row.mark else 0) for row in rows)
+
+
+@needs_data
+@pytest.mark.parametrize(("rate", "flips"), [(0.2, 1000), (0.4, 2000), (0.8, 4000)])
+def test_fact_3_exact_number_of_flips(manifest, rate, flips):
+    rows, _ = split(manifest, kind="lists", mode="as_published", train="sub5000_train", test="sub1250_test")
+    labels = rows["label"][rows["side"] == "train"].to_numpy()
+    noise = Noise(kind="symmetric", rate=rate, mode="as_published")
+    assert (noise.sides, noise.targets) == (("train",), "all")
+    noisy = flip_symmetric(labels, count_flips(len(labels), noise.rate), np.arange(9), np.random.default_rng(0))
+    assert len(labels) == 5000
+    assert (noisy != labels).sum() == flips
+
+
+def test_fact_4_flips_are_uniform_over_the_eight_other_classes():
+    for label in range(9):
+        labels = np.full(8000, label)
+        noisy = flip_symmetric(labels, 8000, np.arange(9), np.random.default_rng(label))
+        counts = count_transitions(labels, noisy, 9)[label]
+        assert counts[label] == 0
+        assert chisquare(np.delete(counts, label)).pvalue > 1e-4
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"kind": "lists", "train": "sub5000_train", "test": "sub1250_test"},
+        {"kind": "stratified", "sizes": {"train": 5000, "test": 1250}},
+    ],
+)
+def test_fact_5_split_sizes(manifest, keys):
+    rows, summary = split(manifest, mode="as_published", **keys)
+    assert (summary["sides"]["train"]["n"], summary["sides"]["test"]["n"], len(rows)) == (5000, 1250, 6250)
+    assert rows["image_id"].is_unique
+
+
+def test_fact_6_row_parsing():
+    row = parse_row(["1 3 ISIC_X", "0.0", "1.0", "0.0", "0.0", "0.0", "0.0", "0.0", "0.0", "0.0"])
+    assert (row.mark, row.given, row.label, row.image) == (1, 3, 1, "ISIC_X")
+    row = parse_row(["0 ISIC_X", "0.0", "1.0", "0.0", "0.0", "0.0", "0.0", "0.0", "0.0", "0.0"])
+    assert (row.mark, row.given, row.label) == (0, None, 1)
+
+
+@needs_data
+def test_published_lists_share_lesions(manifest):
+    keys = {"kind": "lists", "train": "sub5000_train", "test": "sub1250_test"}
+    rows, summary = split(manifest, **keys, mode="as_published")
+    assert summary["crossing"]["kept"]
+    assert "(365 of 1250 test images)" in summary["notes"][0]
+    test = rows[rows["side"] == "test"]
+    assert test["group"].str.startswith("image:").sum() == 112  # no lesion is named
+    assert (test["class_name"] == "NV").mean() == pytest.approx(0.5464)
+    _, dropped = split(manifest, **keys)
+    assert dropped["sides"]["train"]["n"] == 5000 - summary["crossing"]["images"]
+
+
+@needs_data
+def test_published_clean_images_that_are_on_another_side(manifest):
+    keys = {"kind": "lists", "mode": "as_published", "train": "sub5000_train", "test": "sub1250_test"}
+    _, summary = split(manifest, **keys, meta_set={"list": "clean"})
+    assert summary["sides"]["meta_set"]["n"] == 125 - 21 - 6
+    _, summary = split(manifest, **keys, meta_set={"list": "sub_clean"})
+    assert summary["sides"]["meta_set"]["n"] == 5
