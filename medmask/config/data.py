@@ -74,7 +74,9 @@ class Split(Block):
     meta_set: MetaSet | None = Field(None, description="trusted images")
     by: Literal["group", "image"] = Field("group", description="unit that is drawn; image ignores patients and lesions")
     crossing: Literal["drop", "refuse", "keep"] = Field(
-        "drop", description="training images of a group that is in the test set: drop them, refuse, or keep and count"
+        "drop",
+        description="training images of a group that is in the test set: drop them (lists; a drawn split is refused), "
+        "refuse, or keep and count",
     )
 
     @model_validator(mode="after")

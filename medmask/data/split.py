@@ -36,7 +36,9 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
     else:
         both = place_lists(table, dataset["lists"], cfg)
     table.loc[table["side"] == "test", "test_set"] = table["test_set"].where(table["test_set"] != "", "test")
-    crossing, notes = handle_crossing(table, both, cfg.crossing)
+    # a list is as it is, but a split that is drawn here need not cross
+    rule = "refuse" if cfg.sizes is not None and cfg.crossing == "drop" else cfg.crossing
+    crossing, notes = handle_crossing(table, both, rule)
     if cfg.sizes is None and isinstance(cfg.val, float | int) and cfg.val > 0:
         draw_validation(table, cfg)
     if cfg.meta_set is not None:
@@ -139,7 +141,9 @@ def handle_crossing(table: pd.DataFrame, both: np.ndarray, rule: str) -> tuple[d
         f"({n_test} of {int(test.sum())} test images)"
     )
     if rule == "refuse":
-        raise DataError(f"split.crossing: {fact}: {few(table['image_id'][crossing | both])}")
+        raise DataError(
+            f"split.crossing: {fact}: {few(table['image_id'][crossing | both])}; draw `by: group`, or set `crossing`"
+        )
     if rule == "drop":
         table.loc[crossing, "side"] = ""
         result["dropped"] = n_images
