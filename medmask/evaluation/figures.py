@@ -1,0 +1,237 @@
+"""Figures of an experiment. Drawn on Figure objects without pyplot, so no display is ever needed."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from medmask.evaluation.cells import Cell, Measure
+from medmask.evaluation.collect import Run
+from medmask.evaluation.tables import constant_lines
+
+# Okabe and Ito (2008): told apart under all common forms of colour blindness; yellow left out, too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MOST_PANELS = 12
+CURVES = {"loss/total": "training loss", "val/balanced_accuracy": "validation\nbalanced accuracy"}
+STYLE: Any = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "medmask",
+    "legend.frameon": False, "axes.titlesize": 10,
+}  # fmt: skip
+
+
+def save(figure: Figure, png: Path, svg: Path) -> None:
+    """Write both formats; the same figure gives the same SVG."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
+        figure.savefig(svg, format="svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def message(text: str) -> Figure:
+    """A figure that says why there is nothing to see."""
+    figure = Figure(figsize=(5, 1.5))
+    figure.text(0.5, 0.5, text, ha="center", va="center", size=12)
+    return figure
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text over several lines, broken at blanks."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
+
+
+@mpl.rc_context(STYLE)
+def metric_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
+    """The metric by line: mean with interval, seeds as dots, published numbers, and the constant predictor."""
+    if not any(cell.main for cell in cells):
+        return message("No run has finished yet")
+    lines = list(dict.fromkeys(cell.line for cell in cells))
+    columns = list(dict.fromkeys(cell.column for cell in cells))
+    figure = Figure(figsize=(8, 1.4 + len(lines) * max(0.45, 0.28 * len(columns))), layout="constrained")
+    axes = figure.subplots()
+    step = 0.8 / len(columns)
+    for cell in cells:
+        k = columns.index(cell.column)
+        y = lines.index(cell.line) + (k - (len(columns) - 1) / 2) * step
+        draw_cell(axes, cell, measure, y, COLOURS[k % len(COLOURS)], step)
+    axes.set_yticks(range(len(lines)), [wrapped(line, 32) for line in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel(f"{measure.metric} on {measure.test_set}, {measure.selection} epoch")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(handles=metric_legend(cells), loc="outside right upper")
+    return figure
+
+
+def draw_cell(axes: Axes, cell: Cell, measure: Measure, y: float, colour: str, step: float) -> None:
+    for line, by_column in constant_lines([cell], measure):
+        if line.startswith("Constant"):
+            axes.vlines(by_column[cell.column], y - step / 2, y + step / 2, colors="#666666", linestyles="--", lw=1.2)
+    if cell.published:
+        axes.plot(cell.published["value"], y, "D", color="white", mec="black", ms=6, zorder=4)
+    if cell.main is None:
+        text = "undefined" if cell.finished else "failed"
+        axes.text(0.01, y, text, transform=axes.get_yaxis_transform(), va="center", size=9, color=colour)
+        return
+    seeds = [value for seed in cell.draws if (value := cell.value(seed, measure)) is not None]
+    axes.plot(seeds, [y + step * 0.22] * len(seeds), "o", color=colour, alpha=0.55, ms=3.5, mew=0)
+    if cell.main.low is not None and cell.main.high is not None:
+        axes.plot([cell.main.low, cell.main.high], [y, y], color=colour, lw=2, solid_capstyle="butt")
+    axes.plot(cell.main.value, y, "o", color=colour, ms=7, mec="white", mew=0.8, zorder=3)
+
+
+def metric_legend(cells: Sequence[Cell]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=COLOURS[k % len(COLOURS)], marker="o", lw=2, label=head or "mean, 95 % interval")
+        for k, head in enumerate(dict.fromkeys(cell.head for cell in cells))
+    ]
+    handles.append(Line2D([], [], color="#444444", marker="o", ms=3.5, lw=0, alpha=0.6, label="one seed"))
+    handles.append(Line2D([], [], color="#666666", ls="--", label="constant predictor"))
+    if any(cell.published for cell in cells):
+        handles.append(Line2D([], [], color="white", mec="black", marker="D", lw=0, label="published"))
+    return handles
+
+
+def panels(count: int, side: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` square panels of `side` inches, at most four in a line."""
+    wide = min(count, 4)
+    high = math.ceil(count / wide)
+    figure = Figure(figsize=(wide * side + 0.8, high * (side + 0.5)), layout="constrained")
+    axes = figure.subplots(high, wide, squeeze=False).ravel().tolist()
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def draw_matrix(axes: Axes, shares: np.ndarray, texts: list[list[str]], names: Sequence[str], title: str) -> Any:
+    """One matrix of shares, NaN rows left blank, with a text in each field."""
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    size = max(4.5, min(9.0, 46 / len(names)))
+    for i, j in np.ndindex(*shares.shape):
+        dark = shares[i, j] > 0.55
+        axes.text(j, i, texts[i][j], ha="center", va="center", size=size, color="white" if dark else "black")
+    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, size=max(size, 7))
+    axes.set_yticks(range(len(names)), names, size=max(size, 7))
+    axes.tick_params(length=0)
+    axes.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.6)
+    axes.set_title(title)
+    return image
+
+
+def panel_side(n_classes: int) -> float:
+    return min(5.0, max(2.4, 0.42 * n_classes))
+
+
+@mpl.rc_context(STYLE)
+def confusion_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
+    """Row-normalised confusion matrices with mean counts over seeds, one panel a cell, at most 12."""
+    shown = [cell for cell in cells if any(run.score(measure.selection, measure.test_set) for run in cell.finished)]
+    if not shown:
+        return message("No run has finished yet")
+    first = shown[0].finished[0].score(measure.selection, measure.test_set)
+    figure, axes = panels(min(len(shown), MOST_PANELS), panel_side(len(first["per_class"])))
+    for ax, cell in zip(axes, shown, strict=False):
+        scores = [run.score(measure.selection, measure.test_set) for run in cell.finished]
+        counts = np.mean([score["confusion"] for score in scores if score], axis=0)
+        texts = [[f"{count:.0f}" if count > 0.5 else "" for count in row] for row in counts]
+        names = list(scores[0]["per_class"])
+        image = draw_matrix(ax, row_shares(counts), texts, names, wrapped(cell.name, 30))
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    figure.supxlabel("predicted class")
+    figure.supylabel("true class")
+    if len(shown) > MOST_PANELS:
+        figure.suptitle(f"first {MOST_PANELS} of {len(shown)} cells")
+    return figure
+
+
+def row_shares(counts: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums; NaN where a row is empty."""
+    totals = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+
+
+@mpl.rc_context(STYLE)
+def noise_figure(runs: Sequence[Run]) -> Figure:
+    """Transition matrix of the training labels, one panel for each noise, pooled over its seeds."""
+    pooled: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for run in runs:
+        found = run.read("noise", "transition.json")
+        if found.get("train", {}).get("counts"):
+            files = pooled.setdefault((run["noise"], run["dataset"], run["split"]), {})
+            files[run["keys"]["noise"]] = found
+    if not pooled:
+        return message("No labels have been made yet")
+    shown = list(pooled.items())[:MOST_PANELS]
+    n_classes = len(next(iter(shown[0][1].values()))["classes"])
+    figure, axes = panels(len(shown), panel_side(n_classes))
+    several = len({key[1:] for key in pooled}) > 1
+    for ax, ((noise, dataset, split), files) in zip(axes, shown, strict=True):
+        counts = np.sum([found["train"]["counts"] for found in files.values()], axis=0, dtype=float)
+        shares = row_shares(counts)
+        rate = 1 - np.trace(counts) / max(counts.sum(), 1)
+        texts = [["" if np.isnan(v) or v < 0.005 else f"{v:.2f}".lstrip("0") for v in row] for row in shares]
+        title = f"{noise}{f' ({dataset}, {split})' if several else ''}: {100 * rate:.1f} % flipped"
+        image = draw_matrix(ax, shares, texts, next(iter(files.values()))["classes"], wrapped(title, 30))
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    figure.supxlabel("label after noise")
+    figure.supylabel("true class")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def curves_figure(cells: Sequence[Cell]) -> Figure:
+    """Training loss and validation balanced accuracy by epoch, a panel for each column of the table.
+
+    A colour for each line of the table; seeds are thin, their mean is thick.
+    """
+    stages = [s for s in ("pretrain", "finetune") if any(run.history(s) for cell in cells for run in cell.runs)]
+    if not stages:
+        return message("No training has started yet")
+    heads = list(dict.fromkeys(cell.head for cell in cells))
+    lines = list(dict.fromkeys(cell.line for cell in cells))
+    styles: list[dict[str, Any]] = [
+        {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k // len(COLOURS) % len(DASHES)]}
+        for k in range(len(lines))
+    ]
+    shown = [(stage, name, head) for stage in stages for name in CURVES for head in heads]
+    wide = max(len(heads), 2)  # with a single column, loss and validation stand side by side
+    high = len(shown) // wide
+    figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
+    grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
+    for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
+        for cell in (cell for cell in cells if cell.head == head):
+            draw_curves(ax, [by_epoch(run.history(stage), name) for run in cell.runs], styles[lines.index(cell.line)])
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        ax.grid(color="#e4e4e4", linewidth=0.6)
+        if k % wide == 0 or len(heads) == 1:
+            ax.set_ylabel(f"{stage}\n{CURVES[name]}")
+        ax.set(title=head if k < wide else "", xlabel="epoch" if k >= len(shown) - wide else "")
+    handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
+    figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def by_epoch(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    """Mean of a logged number in each epoch; what is not finite is left out."""
+    values: dict[int, list[float]] = {}
+    for line in history:
+        number = line.get(name)
+        if isinstance(number, int | float) and math.isfinite(number):
+            values.setdefault(int(line["epoch"]), []).append(number)
+    return {epoch: float(np.mean(numbers)) for epoch, numbers in sorted(values.items())}
+
+
+def draw_curves(axes: Axes, curves: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
+    known = [curve for curve in curves if curve]
+    for curve in known if len(known) > 1 else []:
+        axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.35, **style)
+    shared = sorted(set.intersection(*map(set, known))) if known else []
+    marker = "o" if len(shared) == 1 else None
+    axes.plot(shared, [np.mean([c[e] for c in known]) for e in shared], lw=1.8, marker=marker, **style)

@@ -1,0 +1,132 @@
+"""The sentences under a table: what its numbers rest on."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from medmask.evaluation.cells import Cell, Measure
+from medmask.evaluation.collect import Run
+
+
+def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure, draws: int) -> list[str]:
+    """All footnotes, each a sentence or two, in the order of reading."""
+    runs = [run for cell in cells for run in cell.runs]
+    finished = [run for run in runs if run.finished]
+    notes = [progress(runs, finished)]
+    if not finished:
+        notes.append("Nothing has finished yet, so there are no numbers.")
+    notes += unique(test_set_note(run, measure) for run in finished)
+    notes += unique(note for run in finished for note in split_notes(run))
+    notes += unique(f"{run['dataset']}: {note}" for run in finished for note in (run.metrics or {}).get("notes", []))
+    notes += unique(note for run in finished for note in training_notes(run))
+    notes.append(seed_note(settings, cells))
+    notes += selection_notes(runs, measure)
+    notes.append(
+        f"Brackets: 95 % interval from {draws} bootstrap draws over seeds and groups of test images together "
+        "(groups alone where one seed has finished). ± is the standard deviation over seeds."
+    )
+    if 1 < len(settings["seeds"]) < 5:
+        notes.append("With fewer than five seeds the bootstrap understates how much seeds vary: read intervals so.")
+    if any(cell.difference for cell in cells):
+        notes.append(
+            f"Differences to {settings['reference']} are paired: the same seeds and the same draws of groups on both "
+            "sides. p is two-sided and corrected after Holm over all comparisons of this table."
+        )
+    if any(cell.published for cell in cells):
+        notes.append(
+            "A published number is inside when it lies in the 95 % prediction interval of one more run (spread over "
+            "seeds, and the binomial error of the published number of test images, approximate unless accuracy)."
+        )
+    return notes + failure_notes(cells)
+
+
+def unique(items: Iterable[str]) -> list[str]:
+    return [item for item in dict.fromkeys(items) if item]
+
+
+def progress(runs: Sequence[Run], finished: Sequence[Run]) -> str:
+    return f"{len(finished)} of {len(runs)} planned runs have finished."
+
+
+def test_set_note(run: Run, measure: Measure) -> str:
+    """Size of the test set, and the classes that the averages run over."""
+    score = run.score(measure.selection, measure.test_set)
+    if not score:
+        return ""
+    classes, absent = len(score["per_class"]), score["absent"]
+    averaged = f"macro averages, AUROC too, run over {classes - len(absent)} of {classes} classes"
+    missing = f" (no test image of {', '.join(absent)})" if absent else ""
+    counts = ", ".join(f"{name} {numbers['n']}" for name, numbers in score["per_class"].items())
+    return (
+        f"Test set {measure.test_set} of {run['dataset']}, split {run['split']}: {score['n']} images in "
+        f"{score['n_groups']} groups; {averaged}{missing}. Images by class: {counts}."
+    )
+
+
+test_set_note.__test__ = False  # type: ignore[attr-defined]
+
+
+def split_notes(run: Run) -> list[str]:
+    """Notes of the split, and its groups that stand on two sides."""
+    summary = run.read("split", "split.json")
+    where = f"{run['dataset']}, split {run['split']}: "
+    notes = [where + note for note in summary.get("notes", [])]
+    crossing = summary.get("crossing") or {}
+    if crossing.get("kept") and crossing.get("images") and not notes:
+        notes.append(f"{where}{crossing['images']} test images share one of {crossing['groups']} groups with training.")
+    return notes
+
+
+def training_notes(run: Run) -> list[str]:
+    """What a training had to say about itself."""
+    return [
+        f"{run['label']}: {note}"
+        for s in ("pretrain", "finetune")
+        for note in run.read(s, "record.json").get("notes", [])
+    ]
+
+
+def seed_note(settings: dict[str, Any], cells: Sequence[Cell]) -> str:
+    """What the seeds vary: the stages that follow them and of which a cell has several artifacts."""
+    seeds = settings["seeds"]
+    if len(seeds) == 1:
+        return f"One seed ({seeds[0]}): intervals and p hold for these networks, not for the methods."
+    several = [s for s in settings["seed_stages"] if any(len({r["keys"].get(s) for r in c.runs}) > 1 for c in cells)]
+    varied = ", ".join(several) or "no stage"
+    return f"The {len(seeds)} seeds ({', '.join(map(str, seeds))}) vary: {varied}. All share the split."
+
+
+def selection_notes(runs: Sequence[Run], measure: Measure) -> list[str]:
+    """Which epoch is shown, by what the best one was chosen, and on labels of what quality."""
+    shown = "the last epoch" if measure.selection == "last" else "the epoch that was best on validation"
+    rules: dict[str, list[str]] = {}
+    for run in runs:
+        training = run.settings.get("finetune") or run.settings.get("pretrain") or {}
+        if "select" not in training:
+            continue
+        noise = run.settings.get("noise", {})
+        flipped = "val" in noise.get("sides", []) and noise.get("rate", 0) > 0
+        noisy = flipped and training["validation_labels"] == "noisy"
+        rule = f"{training['select']} on {'noisy' if noisy else 'clean'} validation labels"
+        if run.read("split", "split.json").get("sides", {}).get("val", {}).get("n") == 0:
+            rule = "nothing, since there are no validation images"
+        rules.setdefault(rule, []).append(str(run["noise"]))
+    named = [
+        rule if len(rules) == 1 else f"{rule} (noise {', '.join(dict.fromkeys(noises))})"
+        for rule, noises in rules.items()
+    ]
+    best = f" The best epoch was chosen by {'; '.join(named)}." if named else ""
+    return [f"Shown: {shown}.{best} No choice was made on the test set."]
+
+
+def failure_notes(cells: Sequence[Cell]) -> list[str]:
+    """One note a cell with runs that have not finished, or whose metric is undefined."""
+    notes = []
+    for cell in cells:
+        seeds_by_reason: dict[str, list[str]] = {}
+        for seed, reason in cell.reasons.items():
+            seeds_by_reason.setdefault(reason, []).append(str(seed))
+        for reason, seeds in seeds_by_reason.items():
+            notes.append(f"Failed: {cell.name}, {len(seeds)} of {len(cell.runs)} (seed {', '.join(seeds)}): {reason}")
+        if cell.why:
+            notes.append(f"Undefined: {cell.name}: {cell.why}.")
+    return notes

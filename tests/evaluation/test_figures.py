@@ -1,0 +1,71 @@
+import pytest
+from PIL import Image
+
+from medmask.evaluation import figures
+from medmask.evaluation.cells import Measure, judge_published, make_cells, measure_cells
+from medmask.evaluation.collect import read_runs
+from tests.evaluation.fake_results import make_results
+
+MEASURE = Measure("balanced_accuracy", "test", "last")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    content, runs = read_runs(make_results(tmp_path_factory.mktemp("fake"), n=60, seeds=(0, 1), draws=100))
+    cells = make_cells(runs, "noise")
+    measure_cells(cells, MEASURE, 100)
+    judge_published(cells, content["settings"]["published"], MEASURE)
+    return runs, cells
+
+
+def test_all_are_written_and_svg_is_reproducible(experiment, tmp_path):
+    runs, cells = experiment
+    makers = {
+        "metric": lambda: figures.metric_figure(cells, MEASURE),
+        "confusion": lambda: figures.confusion_figure(cells, MEASURE),
+        "curves": lambda: figures.curves_figure(cells),
+        "noise": lambda: figures.noise_figure(runs),
+    }
+    for name, make in makers.items():
+        figures.save(make(), tmp_path / f"{name}.png", tmp_path / f"{name}.svg")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300
+    figures.save(makers["metric"](), tmp_path / "again.png", tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "metric.svg").read_bytes()
+
+
+def test_metric_figure_shows_means_and_published_numbers(experiment):
+    _, cells = experiment
+    axes = figures.metric_figure(cells, MEASURE).axes[0]
+    drawn = [line.get_xdata()[0] for line in axes.lines]
+    assert all(cell.main.value in drawn for cell in cells)
+    assert {0.55, 0.73} <= set(drawn)
+    assert axes.get_yticklabels()[0].get_text() == "Baseline"
+
+
+def test_at_most_twelve_confusion_panels(experiment):
+    _, cells = experiment
+    figure = figures.confusion_figure([*cells, *cells], MEASURE)
+    assert len([axes for axes in figure.axes if axes.get_title()]) == 12
+    assert figure.get_suptitle() == "first 12 of 20 cells"
+
+
+def test_noise_panels_pool_the_seeds(experiment):
+    runs, _ = experiment
+    titles = [axes.get_title() for axes in figures.noise_figure(runs).axes if axes.get_title()]
+    assert [title.split(":")[0] for title in titles] == ["none", "sym20", "sym40"]
+    assert titles[0] == "none: 0.0 % flipped"
+
+
+def test_curves_average_the_intervals_of_an_epoch():
+    lines = [{"epoch": 1, "loss/total": 1.0}, {"epoch": 1, "loss/total": 3.0}, {"epoch": 2, "loss/total": float("nan")}]
+    assert figures.by_epoch(lines, "loss/total") == {1: 2.0}
+
+
+def test_nothing_finished_still_gives_figures(experiment):
+    runs, _ = experiment
+    failed = make_cells([run for run in runs if not run.finished], "noise")
+    assert figures.metric_figure(failed, MEASURE).texts[0].get_text() == "No run has finished yet"
+    assert figures.confusion_figure(failed, MEASURE).texts[0].get_text() == "No run has finished yet"
+    assert figures.noise_figure([]).texts[0].get_text() == "No labels have been made yet"
+    assert figures.curves_figure([]).texts[0].get_text() == "No training has started yet"
