@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmask.config.base import METRICS, Block, Float, Int, Name, Needs, Text
 from medmask.config.data import Dataset, Noise, Split
@@ -63,6 +63,12 @@ class Claim(Block):
     selection: Literal["last", "best"] = "last"
     margin: Float = Field(0.0, description="difference that must be exceeded")
     text: Text | None = Field(None, description="the claim in words")
+
+    @model_validator(mode="after")
+    def two_sides(self) -> "Claim":
+        if self.contrast[0] == self.contrast[1] and not self.against:
+            raise ValueError(f"contrast: {self.contrast[0]} with itself; say in `against` where the second differs")
+        return self
 
 
 class Table(Block):

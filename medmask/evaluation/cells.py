@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from medmask import io
 from medmask.evaluation.bootstrap import bootstrap
 from medmask.evaluation.collect import FIELDS, Run
 from medmask.evaluation.metrics import Array, why_undefined
@@ -41,6 +42,7 @@ class Cell:
     published: dict[str, Any] | None = None
     verdict: str = "none published"
     draws: dict[int, Array] = field(default_factory=dict)  # seed: draws of the metric
+    judged_on: str = ""  # digest of the groups and labels of the test images
 
     @property
     def row(self) -> str:
@@ -61,7 +63,7 @@ class Cell:
 
     @property
     def split_key(self) -> str:
-        """Names the split that was drawn: cells with the same one are judged on the same images."""
+        """Names the split: cells with the same one are judged on the same images, and so may others be."""
         return str(self.runs[0]["keys"].get("split"))
 
     @property
@@ -118,6 +120,7 @@ def measure_cells(cells: Sequence[Cell], measure: Measure, draws: int) -> None:
                 continue
             sample, groups = run.sample(measure.selection, measure.test_set)
             assert why_undefined(measure.metric, sample) is None
+            cell.judged_on = io.digest([groups, sample.labels.tolist()])
             cell.draws[run["seed"]] = bootstrap(sample, groups, [measure.metric], draws=draws)[measure.metric]
             values[run["seed"]] = value
         if values:
@@ -133,7 +136,7 @@ def undefined_reason(run: Run, measure: Measure) -> str:
 
 def partner(cell: Cell, others: Sequence[Cell]) -> Cell | None:
     """The cell that shares the test images and most of the other choices; None if no single one does."""
-    same = [other for other in others if other.split_key == cell.split_key]
+    same = [other for other in others if cell.split_key == other.split_key or cell.judged_on == other.judged_on != ""]
     for name in ("noise", "evaluate", "pretrain", "finetune", *(key for key in cell.fields if key not in FIELDS)):
         alike = [other for other in same if other.fields.get(name) == cell.fields[name]]
         same = alike or same

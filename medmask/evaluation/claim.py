@@ -12,19 +12,22 @@ def answer_claim(claim: dict[str, Any] | None, cells: Sequence[Cell], draws: int
     if claim is None:
         return "# Claim\n\nNo claim was written down, so nothing is decided here.\n"
     measure = Measure(claim["metric"], claim["test_set"], claim["selection"])
-    a, b = (select_cells(cells, row, claim["where"]) for row in claim["contrast"])
+    wheres = claim["where"], {**claim["where"], **claim["against"]}
+    a, b = (select_cells(cells, row, where) for row, where in zip(claim["contrast"], wheres, strict=True))
     measure_cells([*a, *b], measure, draws)
     pairs = [(cell, other) for cell in a if (other := partner(cell, b)) is not None]
     answers = [answer_pair(cell, other, claim["margin"], measure) for cell, other in pairs]
-    first, second = claim["contrast"]
-    where = "".join(f", {name} {value}" for name, value in claim["where"].items())
+    first, second = (
+        row + "".join(f", {name} {value}" for name, value in where.items())
+        for row, where in zip(claim["contrast"], wheres, strict=True)
+    )
     text = claim.get("text") or f"{first} is better than {second}"
     lines = [
         "# Claim",
         "",
         f"> {text}",
         "",
-        f"Tested as: {first} minus {second} in {measure.metric} on test set {measure.test_set}{where}, "
+        f"Tested as: {first} minus {second} in {measure.metric} on test set {measure.test_set}, "
         f"{measure.selection} epoch, is above {claim['margin']:g}. Decided by the paired 95 % interval.",
         "",
         f"**{overall([word for word, _ in answers])}**",

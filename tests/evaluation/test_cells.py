@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -103,6 +106,16 @@ def test_no_partner_on_other_images_or_among_several(cells, experiment):
     other[0].runs[0].plan["keys"] = base.runs[1]["keys"]
 
 
+def test_partner_of_another_split_with_the_same_test_images(cells):
+    cell, other = (copy.copy(find(cells, row, "sym40")) for row in ("pretrained", "baseline"))
+    plan = other.runs[0].plan
+    other.runs = [replace(other.runs[0], plan=plan | {"keys": plan["keys"] | {"split": "another"}})]
+    assert cell.judged_on == other.judged_on != ""
+    assert partner(cell, [other]) is other
+    other.judged_on = "other images"
+    assert partner(cell, [other]) is None
+
+
 def estimated(value=0.8, sd=0.02, n_seeds=5):
     return Estimate(value, sd, 0.7, 0.9, n_seeds)
 
@@ -130,19 +143,31 @@ def test_published_numbers_find_their_cells(cells):
 
 
 CLAIM = {
-    "contrast": ["pretrained", "baseline"], "where": {"noise": "sym40"}, "metric": "accuracy", "test_set": "test",
-    "selection": "best", "margin": 0.0, "text": None,
+    "contrast": ["pretrained", "baseline"], "where": {"noise": "sym40"}, "against": {},
+    "metric": "accuracy", "test_set": "test", "selection": "best", "margin": 0.0, "text": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, ["**replicated**", "pretrained is better than baseline", "3 of 3 paired seeds", "best epoch"]),
+        (
+            {},
+            [
+                "**replicated**",
+                "pretrained, noise sym40 is better than baseline, noise sym40",
+                "3 of 3 paired seeds",
+                "best epoch",
+            ],
+        ),
         ({"margin": 0.9}, ["**not replicated**"]),
         ({"margin": 0.05}, ["**undecided at this n**", "smallest difference that could have been seen"]),
         ({"text": "It helps"}, ["> It helps"]),
         ({"where": {"noise": "sym99"}}, ["**incomplete**", "No cell of pretrained"]),
+        (
+            {"contrast": ["baseline", "baseline"], "where": {"noise": "none"}, "against": {"noise": "sym40"}},
+            ["Baseline, noise none minus Baseline, noise sym40"],
+        ),
         ({"contrast": ["reweight", "baseline"]}, ["clamp", "sigmoid", "2 of 3 paired seeds"]),
         ({"test_set": "elsewhere"}, ["**incomplete**", "it has no test set elsewhere"]),
     ],
