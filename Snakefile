@@ -5,7 +5,7 @@ min_version("9.27")
 # Snakemake merges this file with the command line's; only one of the two is wanted
 if not workflow.overwrite_configfiles:
 
-    configfile: "config/config.yaml"
+    configfile: f"{workflow.basedir}/config/config.yaml"
 
 
 report: "workflow/report/workflow.rst"

@@ -20,7 +20,7 @@ class Workflow:
     def __call__(self, *arguments, config=None, configfile=TINY, timeout=240) -> subprocess.CompletedProcess:
         if config is not None:
             configfile = self.folder / "changed.yaml"
-            configfile.write_text(yaml.safe_dump(config))
+            configfile.write_text(yaml.safe_dump(config, sort_keys=False))
         command = [
             sys.executable,
             "-m",
