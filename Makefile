@@ -37,7 +37,7 @@ check: setup
 	$(BIN)/python tests/workflow/lint.py
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench
 
 schema: setup
 	$(BIN)/python -m medmask schema

@@ -1,4 +1,4 @@
-"""Run a training stage as several processes: `python -m medmask.launch --cluster local --ranks 2 --work-dir W -- STAGE ...`
+"""Run a training stage as several processes: `python -m medmask.launch --ranks 2 --work-dir WORK -- STAGE ...`.
 
 The job is one list of strings, the stage's command line; each rank exports the variables that torch reads and calls
 `cli.main` with it. The launcher waits, shows the log of rank 0, and judges the end by the stage's own outputs. Exit
@@ -7,7 +7,6 @@ codes are those of the stage: 0 done, 2 the user's mistake, 75 stopped with its 
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -17,16 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import submitit
 
 from medmask import cli, io
-from medmask.errors import LaunchError, MedmaskError
+from medmask.errors import ConfigError, LaunchError, MedmaskError
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 TAIL_LINES = 30
+GRACE_SECONDS = 60  # between the warning and the end of a time limit
 DAYS_30 = 30 * 24 * 60
 DEVICES = "MEDMASK_CUDA_VISIBLE_DEVICES"  # what the launcher sees: submitit's local executor hides all GPUs
 
@@ -51,6 +50,7 @@ class Job:
     folder: str
     ranks: int
     host: str
+    submitted: float
 
     def log_of(self, rank: int) -> Path:
         """Standard error of a rank."""
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(options, command)
     except MedmaskError as error:
         print(f"medmask launch: error: {error}", file=sys.stderr)
-        return 2 if not isinstance(error, LaunchError) else 1
+        return 2
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
@@ -103,15 +103,15 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
 
 def launch(options: Options, command: list[str]) -> int:
     """Submit the command, or find it running, and follow it to its end; after a time limit submit it again."""
+    check_command(command)
     (options.work_dir / "refused").unlink(missing_ok=True)
     cluster = CLUSTERS[options.cluster]
     with stop_flag() as told:
         for _ in range(options.max_requeues + 1):
-            started = time.time()
             job = running_job(options, cluster) or submit(options, command, cluster)
             follow(job, cluster, told)
             job_file(options).unlink(missing_ok=True)
-            code = judge(job, options, command, started, bool(told))
+            code = judge(job, options, command, bool(told))
             if code != cli.STOPPED or told:
                 return code
             log.info("the job has saved its state and stopped; submitting it again")
@@ -122,8 +122,9 @@ def submit(options: Options, command: list[str], cluster: Cluster) -> Job:
     attempts = options.work_dir / "launch"
     folder = attempts / f"{len(list(attempts.glob('*'))) + 1:03d}"  # one folder an attempt: no log is overwritten
     folder.mkdir(parents=True, mode=0o700)  # the folder holds pickles, which are code for who loads them
+    started = time.time()
     job_id = cluster.submit(command, options, folder)
-    job = Job(options.cluster, job_id, str(folder), options.ranks, socket.gethostname())
+    job = Job(options.cluster, job_id, str(folder.resolve()), options.ranks, socket.gethostname(), started)
     io.write_json(job_file(options), asdict(job))
     log.info("job %s: %d ranks, logs in %s", job_id, options.ranks, folder)
     return job
@@ -174,22 +175,125 @@ def show(path: Path, start: int) -> int:
     return start + len(text)
 
 
-def judge(job: Job, options: Options, command: list[str], started: float, was_told: bool) -> int:
-    """The exit code of a job that has ended; a result that it left counts only together with the stage's outputs."""
+def judge(job: Job, options: Options, command: list[str], was_told: bool) -> int:
+    """The exit code of a job that has ended; its outputs count, and never the result that it left alone."""
     refused = options.work_dir / "refused"
     if refused.exists():
-        print(f"medmask {command[0]}: error: {refused.read_text(encoding='utf-8').strip()}", file=sys.stderr)
+        reason = refused.read_text(encoding="utf-8").strip()
+        if reason not in read_log(job, 0):  # which has been shown
+            print(f"medmask {command[0]}: error: {reason}", file=sys.stderr)
         return 2
-    results = [job.result_of(rank) for rank in range(job.ranks)]
-    if all(code == 0 for code in results) and has_outputs(command):
+    if has_outputs(command, job.submitted):
         return 0
+    results = [job.result_of(rank) for rank in range(job.ranks)]
     if cli.STOPPED in results or was_told:
         return cli.STOPPED
     failed = next((rank for rank, code in enumerate(results) if code is None), 0)
-    lines = (
-        job.log_of(failed).read_text(encoding="utf-8", errors="replace").splitlines()
-        if job.log_of(failed).exists()
-        else []
+    print(
+        f"medmask launch: error: job {job.job_id} ended without its outputs; rank {failed} last wrote:", file=sys.stderr
     )
-    tail = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:])
-    raise LaunchError(f"job {job.job_id} ended without its outputs; the end of rank {failed}'s log:\n{tail}")
+    for line in read_log(job, failed).splitlines()[-TAIL_LINES:]:
+        print(f"  | {line}", file=sys.stderr)
+    return 1
+
+
+def read_log(job: Job, rank: int) -> str:
+    path = job.log_of(rank)
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def check_command(command: list[str]) -> argparse.Namespace:
+    """The parsed flags of a training stage; its settings are checked here, before any process is started."""
+    if command[0] not in cli.STAGES or not getattr(stage := cli.stage_module(command[0]), "TRAINS", False):
+        raise ConfigError(f"medmask.launch: need a training stage after `--`, got {command[0]!r}")
+    parser = argparse.ArgumentParser(f"medmask {command[0]}")
+    cli.add_stage_arguments(parser, stage)
+    args = parser.parse_args(command[1:])
+    cli.parse_settings(args.config, stage.CONFIG, command[0])
+    return args
+
+
+def has_outputs(command: list[str], since: float) -> bool:
+    """Whether all outputs of a stage stand; the one that is moved into place last newer than `since`."""
+    args = check_command(command)
+    paths = [getattr(args, name) for name in cli.stage_module(command[0]).OUTPUTS]
+    return all(path.exists() for path in paths) and paths[-1].stat().st_mtime >= since
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list[int]]:
+    """Yield a list that SIGTERM and SIGINT append to."""
+    told: list[int] = []
+    old = {number: signal.signal(number, lambda got, _: told.append(got)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run_rank(command: list[str]) -> int:
+    """What each process of the job runs; returns the exit code of the stage."""
+    place = submitit.JobEnvironment()
+    os.environ.update(
+        RANK=str(place.global_rank),
+        LOCAL_RANK=str(place.local_rank),
+        WORLD_SIZE=str(place.num_tasks),
+        LOCAL_WORLD_SIZE=str(place.num_tasks // place.num_nodes),
+    )
+    os.environ.setdefault("MASTER_ADDR", place.hostnames[0])
+    if (devices := os.environ.pop(DEVICES, None)) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    else:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # submitit's handlers requeue by themselves; the stage has its own
+        signal.signal(number, signal.SIG_DFL)
+    return cli.main(command)
+
+
+def submit_locally(command: list[str], options: Options, folder: Path) -> str:
+    """Start the ranks on this machine; they outlive the launcher. Returns the id of the process that watches them."""
+    seconds = options.timeout_min * 60
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        tasks_per_node=options.ranks,
+        timeout_min=options.timeout_min,
+        signal_delay_s=int(min(GRACE_SECONDS, seconds / 2)),
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if (devices := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        os.environ[DEVICES] = devices
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal: only the launcher
+    try:  # is to hear it, and to pass it on as a request to save
+        return str(executor.submit(run_rank, command).job_id)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def is_running_locally(job: Job) -> bool:
+    """Whether the watching process lives, be it a child of this launcher or of an earlier one."""
+    try:
+        return os.waitpid(int(job.job_id), os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        line = Path(f"/proc/{job.job_id}/cmdline")
+        return line.exists() and job.folder.encode() in line.read_bytes()
+
+
+def stop_locally(job: Job) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(job.job_id), signal.SIGTERM)  # the watching process passes it on to all ranks
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+CLUSTERS = {"local": Cluster(submit_locally, is_running_locally, stop_locally)}
+
+if __name__ == "__main__":
+    from medmask import launch as module  # not `__main__`, whose functions would be pickled as code
+
+    sys.exit(module.main())

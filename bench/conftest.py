@@ -1,0 +1,57 @@
+"""Ratios against a floor that is measured in the same run; `make bench` writes them to bench/RESULTS.md."""
+
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from medmask import io
+
+ROUNDS = 15
+lines: list[str] = []
+
+
+@pytest.fixture
+def compare():
+    """Time two functions in turn, round by round, in one thread; returns the median of the ratios."""
+
+    def run(question: str, ours, floor, unit: str) -> float:
+        torch.set_num_threads(1)
+        for function in (ours, floor):
+            function()
+        seconds = [(timed(ours), timed(floor)) for _ in range(ROUNDS)]
+        base = [second for _, second in seconds]
+        if max(base) > 1.5 * min(base):
+            pytest.fail(f"{question}: the floor varied by {max(base) / min(base):.2f}x, the run is void")
+        ratios = sorted(own / other for own, other in seconds)
+        ratio = statistics.median(ratios)
+        lines.append(
+            f"| {question} | {ratio:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} | {statistics.median(base):.4g} s {unit} |"
+        )
+        return ratio
+
+    return run
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if lines:
+        head = [
+            "# Benchmarks",
+            "",
+            f"`make bench` at commit {io.commit()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread;"
+            f" medians of {ROUNDS} interleaved rounds.",
+            "",
+            "| question | ratio to the floor | range | floor |",
+            "|---|---|---|---|",
+        ]
+        Path(__file__).with_name("RESULTS.md").write_text("\n".join([*head, *lines]) + "\n")

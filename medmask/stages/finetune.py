@@ -1,0 +1,20 @@
+"""Stage finetune: train a classifier, from pretrained weights or from scratch."""
+
+from pathlib import Path
+
+from medmask.config.training import AnyFinetuning
+
+CONFIG = AnyFinetuning
+INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
+OPTIONAL: tuple[str, ...] = ("init", "teacher", "maps")
+OUTPUTS: tuple[str, ...] = ("model", "best", "history", "record")
+TRAINS = True
+
+
+def run(
+    cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float,
+    teacher: Path | None, maps: Path | None, **files: Path | None,
+) -> None:  # fmt: skip
+    from medmask.stages import training  # torch, which `--help` and the launcher do without
+
+    training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]

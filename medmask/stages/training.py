@@ -1,0 +1,226 @@
+"""What the stages pretrain and finetune share: from files to a method, through `fit`, to files."""
+
+import logging
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medmask import io
+from medmask.config.training import Image, Training, Weights
+from medmask.data.images import ImageReader
+from medmask.data.tables import read_frame, refuse
+from medmask.errors import ConfigError, DataError
+from medmask.methods import build_method
+from medmask.models.backbones import Classifier, build_backbone, width_of
+from medmask.models.freeze import freeze_stages
+from medmask.models.heads import build_head, head_settings
+from medmask.models.weights import (
+    ModelSpec,
+    download,
+    load_backbone,
+    load_source,
+    load_strictly,
+    read_model,
+    save_model,
+)
+from medmask.train.checkpoint import Checkpointer, fingerprint
+from medmask.train.distributed import DistContext, distributed
+from medmask.train.fit import Execution, State, fit
+from medmask.train.loader import Rows, TrainingData
+from medmask.train.signals import watch_signals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Inputs and outputs of a training stage."""
+
+    images: Path
+    index: Path
+    split: Path
+    summary: Path
+    labels: Path
+    init: Path | None
+    model: Path
+    best: Path
+    history: Path
+    record: Path
+
+
+@dataclass(frozen=True)
+class Start:
+    """The network that a training starts from, and what is known of it."""
+
+    network: Classifier
+    spec: ModelSpec
+    seen: np.ndarray
+    notes: list[str]
+
+
+def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None:
+    """Train on all ranks; the main one writes the outputs and then removes the checkpoints."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cfg.needs.cpus)
+    with watch_signals() as stop:
+        classes = io.read_json(files.summary)["classes"]
+        sides, digests = read_sides(cfg, files, len(classes))
+        start = start_network(cfg, files.init, classes)
+        with distributed(cfg.needs.gpu > 0) as ctx:
+            check_ranks(cfg, ctx.world)
+            reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
+            data = TrainingData(sides["train"], sides["val"], reader)
+            inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
+            checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs))
+            method = build_method(cfg.method, start.network, cfg)
+            state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
+            if ctx.is_main:
+                write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
+                shutil.copyfile(work_dir / "history.jsonl", files.history)
+                io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
+                checkpointer.clear()
+            ctx.barrier()
+
+
+def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:
+    """Training and validation rows with the labels that the settings name, and their pixel digests (n,) int64."""
+    split = read_frame(files.split, ("image_id", "position", "label", "side", "sha256"))
+    labels = read_frame(files.labels, ("image_id", "true_label", "noisy_label"))
+    table = split.merge(labels, on="image_id", how="left", validate="one_to_one")
+    refuse(files.labels, [f"no label for image {name}" for name in table["image_id"][table["noisy_label"].isna()]])
+    sides, digests = {}, []
+    for side, kind in (("train", cfg.train_labels), ("val", cfg.validation_labels)):
+        rows = table[table["side"] == side]
+        numbers = {name: rows[name].astype(np.int64) for name in ("position", "true_label", "noisy_label")}
+        bad = {
+            i for name in ("true_label", "noisy_label") for i in rows.index[~numbers[name].between(0, n_classes - 1)]
+        }
+        refuse(files.labels, [f"image {rows['image_id'][i]}: label outside 0..{n_classes - 1}" for i in sorted(bad)])
+        sides[side] = Rows(*(numbers[name].to_numpy() for name in ("position", f"{kind}_label", "true_label")))
+        digests += [int(text[:16], 16) for text in rows["sha256"]]
+    if not len(sides["train"]):
+        raise DataError(f"{files.split}: no images on the side train")
+    return sides, np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:
+    """Build the classifier: backbone and, where it fits, head from `init`; the rest drawn from the seed."""
+    state: dict[str, Tensor] = {}
+    spec, seen, notes = None, np.empty(0, dtype=np.int64), []
+    if init is not None:
+        state, spec, seen = read_model(init)
+        if cfg.backbone not in (None, spec.backbone):
+            raise ConfigError(f"backbone: {cfg.backbone} cannot start from the {spec.backbone} of {init}")
+    elif cfg.backbone is None:
+        raise ConfigError("backbone: needed, since there are no starting weights to take it from")
+    name = spec.backbone if spec else cfg.backbone
+    image = cfg.image or Image(**(spec.image if spec else {}))
+    head = head_settings(cfg.head)
+    seed_weights(cfg.seed)
+    backbone = build_backbone(name, image.channels)
+    network = Classifier(backbone, build_head(head, width=width_of(backbone), n_classes=len(classes)))
+    if spec is not None:
+        load_strictly(backbone, part_of(state, "backbone."), f"{init}, backbone")
+        if spec.head == head and spec.classes == classes:
+            load_strictly(network.head, part_of(state, "head."), f"{init}, head")
+        else:
+            notes.append("a new head, since classes or head differ from those of the starting weights")
+            log.info("%s: %s", init, notes[-1])
+    freeze_stages(backbone, getattr(cfg, "freeze", "none"))
+    spec = ModelSpec(name, head, len(classes), classes, image.model_dump(mode="json"), epoch=0)
+    return Start(network, spec, seen, notes)
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def seed_weights(seed: int) -> None:
+    """Seed the draw of new weights, by another stream than that of the training steps.
+
+    The backbone is drawn even where it is then loaded, so a new head is the same in all arms of an experiment.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0]))
+
+
+def check_ranks(cfg: Training, world: int) -> None:
+    if not cfg.sync_bn and world != cfg.ranks:
+        raise ConfigError(
+            f"ranks: the settings say {cfg.ranks} and {world} processes run; without `sync_bn` that changes the result"
+        )
+    if cfg.batch_size < world:
+        raise ConfigError(f"batch_size: {cfg.batch_size} images cannot be shared by {world} ranks")
+
+
+def write_models(
+    cfg: Training, files: Files, start: Start, state: State, last: dict[str, Tensor], seen: np.ndarray
+) -> None:
+    """The two model files; the best one is the last one where nothing could be validated."""
+    for path, weights, epoch in (
+        (files.model, last, cfg.epochs - 1),
+        (files.best, state.best_weights, state.best_epoch),
+    ):
+        spec = ModelSpec(**{**asdict(start.spec), "epoch": epoch + 1})
+        save_model(path, weights, spec, seen)
+
+
+def make_record(cfg: Training, start: Start, state: State, sides: dict[str, Rows], ctx: DistContext) -> dict[str, Any]:
+    """What one wants to know of a finished training; epochs are counted from 1, as in the model files."""
+    parameters = list(start.network.parameters())
+    notes = list(start.notes)
+    if not len(sides["val"]):
+        notes.append("no validation images: the best epoch is the last one")
+    return {
+        "epochs": cfg.epochs,
+        "steps": state.step,
+        "images_seen": state.images_seen,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "seconds": round(state.seconds, 2),
+        "ranks": ctx.world,
+        "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu",
+        "best_epoch": state.best_epoch + 1,
+        "last": finite_only(state.last),
+        "best": finite_only(state.best),
+        "notes": notes,
+        "first_commit": state.first_commit,
+        "last_commit": io.commit(),
+    }
+
+
+def finite_only(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def load_weights(cfg: Weights, *, model: Path, best: Path, history: Path, record: Path) -> None:
+    """A pretraining that is loaded: write somebody's backbone as a model file without a head."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    backbone = build_backbone(cfg.backbone, cfg.image.channels)
+    if cfg.source == "file":
+        where = str(cfg.file)
+        state = load_source(Path(where), cfg.sha256)
+    else:
+        where = f"{cfg.backbone} of {cfg.source}"
+        state = download(cfg.source, cfg.backbone)
+    load_backbone(backbone, state, where)
+    spec = ModelSpec(cfg.backbone, {}, 0, [], cfg.image.model_dump(mode="json"), epoch=0)
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    for path in (model, best):
+        save_model(path, weights, spec, np.empty(0, dtype=np.int64))
+    history.write_text("", encoding="utf-8")
+    parameters = sum(p.numel() for p in backbone.parameters())
+    io.write_json(record, {**empty_record(), "parameters": parameters, "notes": [f"weights loaded from {where}"]})
+
+
+def empty_record() -> dict[str, Any]:
+    counts = dict.fromkeys(("epochs", "steps", "images_seen", "trainable", "best_epoch"), 0)
+    commits = {"first_commit": io.commit(), "last_commit": io.commit()}
+    return {**counts, "seconds": 0.0, "ranks": 1, "device": "cpu", "last": {}, "best": {}, **commits}

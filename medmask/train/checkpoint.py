@@ -1,0 +1,99 @@
+"""Numbered checkpoints of an unfinished training: written whole or not at all, checked when they are read."""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medmask import io
+from medmask.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+KEPT = 2
+
+
+class Checkpointer:
+    """The checkpoints of one run in a folder: `checkpoint-<step>.pt`, each with its digest in a `.sha256` beside it.
+
+    Parameters
+    ----------
+    key : digest of all that determines the result; a checkpoint with another one is refused.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = Path(folder)
+        self.key = key
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint and drop all but the newest two."""
+        path = self.folder / f"checkpoint-{step:09d}.pt"
+        with io.atomic_path(path) as part:
+            torch.save({**state, "key": self.key}, part)
+            digest = io.file_digest(part)
+            with io.atomic_path(sidecar(path)) as text:  # first: a checkpoint without its digest counts as broken
+                text.write_text(digest + "\n", encoding="utf-8")
+        for old in self.paths()[:-KEPT]:
+            remove(old)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint, or None; a broken one is passed over with a warning."""
+        paths = self.paths()[::-1]
+        for number, path in enumerate(paths):
+            try:
+                state = read(path)
+            except CheckpointError as error:
+                older = paths[number + 1 : number + 2]
+                instead = f"going on from {older[0]}" if older else "there is no older one: starting anew"
+                log.warning("%s; %s", error, instead)
+                continue
+            if state["key"] != self.key:
+                raise CheckpointError(
+                    f"{path}: belongs to other settings or inputs; delete {self.folder} or use another --work-dir"
+                )
+            return state
+        return None
+
+    def paths(self) -> list[Path]:
+        """Checkpoints, oldest first."""
+        return sorted(self.folder.glob("checkpoint-*.pt"))
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run has finished."""
+        for path in self.paths():
+            remove(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one checkpoint after checking its digest; no code in it is run."""
+    expected = sidecar(path)
+    if not expected.exists():
+        raise CheckpointError(f"{path}: has no digest beside it")
+    if io.file_digest(path) != expected.read_text(encoding="utf-8").strip():
+        raise CheckpointError(f"{path}: damaged, its sha256 is not that of {expected.name}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}") from error
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    sidecar(path).unlink(missing_ok=True)
+
+
+def fingerprint(settings: dict[str, Any], inputs: dict[str, Path | None]) -> str:
+    """Digest of all that determines a training's result.
+
+    Left out is how it is run: loading processes, what the job asks for, and the number of ranks where the batch
+    norm is over all of them.
+    """
+    left_out = {"workers", "needs", *({"ranks"} if settings.get("sync_bn") else ())}
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    digests = {name: None if path is None else io.file_digest(path) for name, path in inputs.items()}
+    return io.digest({"settings": kept, "inputs": digests})

@@ -1,0 +1,90 @@
+"""What every method must hold to; the equality of two ranks is tested in tests/train/test_distributed.py."""
+
+import copy
+
+import pytest
+import torch
+
+from medmask.errors import ConfigError, Stopped
+from medmask.methods import METHODS, build_method
+from medmask.methods.base import Batch, Clock, Method
+from tests.toy import StopAfter, is_same, run_fit, settings, tiny_network, toy_data
+
+CLOCK = Clock(step=0, step_in_epoch=0, epoch=0, progress=0.0)
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request):
+    return request.param
+
+
+def batch_of(n: int = 6) -> Batch:
+    labels = torch.arange(n) % 2
+    images = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, labels, torch.arange(n), true_labels=labels)
+
+
+def make(name: str, seed: int = 0) -> Method:
+    return build_method(name, tiny_network(seed), settings())
+
+
+def test_it_is_flat(name):
+    assert METHODS[name].__mro__[1] is Method
+
+
+def test_loss_is_a_finite_scalar_and_every_group_gets_gradients(name):
+    method = make(name).train()
+    groups = method.param_groups()
+    out = method(batch_of(), CLOCK)
+    assert out.loss.shape == ()
+    assert out.loss.isfinite()
+    out.loss.backward()
+    for group in groups.values():
+        assert group
+        assert all(p.grad is not None and p.grad.abs().sum() >= 0 for p in group)
+        assert any(p.grad.abs().sum() > 0 for p in group)
+    everything = [id(p) for group in groups.values() for p in group]
+    assert len(everything) == len(set(everything))
+
+
+def test_state_round_trips(name):
+    first, second = make(name, seed=0), make(name, seed=1)
+    assert not is_same(first.state_dict(), second.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert is_same(first.state_dict(), second.state_dict())
+
+
+def test_numbers_of_each_image_and_probabilities(name):
+    method = make(name).eval()
+    batch = batch_of()
+    numbers = method.validation_step(batch)
+    assert {key: tuple(value.shape) for key, value in numbers.items()} == {"loss": (6,), "predicted": (6,)}
+    probs = method.predict(batch.images)
+    assert probs.shape == (6, 2)
+    torch.testing.assert_close(probs.sum(1), torch.ones(6))
+    assert torch.equal(probs.argmax(1), numbers["predicted"])
+
+
+def test_export_has_the_names_of_a_classifier(name):
+    tiny_network().load_state_dict(make(name).export())
+
+
+def test_a_tiny_set_is_learned_by_heart(name, tmp_path):
+    cfg = settings(epochs=30, batch_size=7, lr=0.1)
+    _, state = run_fit(cfg, toy_data(tmp_path), tmp_path / "work")
+    assert state.last["accuracy"] == 1.0
+    assert state.last["loss"] < 0.1
+
+
+def test_four_steps_are_two_and_two(name, tmp_path):
+    cfg = settings(method=name, epochs=2, batch_size=10)  # 2 steps an epoch
+    data = toy_data(tmp_path)
+    whole, _ = run_fit(cfg, data, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run_fit(cfg, data, tmp_path / "parts", stop=StopAfter(2))
+    assert is_same(whole, run_fit(cfg, data, tmp_path / "parts")[0])
+
+
+def test_unknown_names_are_refused_with_the_choices():
+    with pytest.raises(ConfigError, match="method: unknown name 'superwised'; did you mean 'supervised'"):
+        build_method("superwised", tiny_network(), settings())

@@ -1,0 +1,183 @@
+"""Model files and the weights of others."""
+
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from medmask import io
+from medmask.errors import CheckpointError, ConfigError
+from medmask.models import weights
+from medmask.models.backbones import Classifier, build_backbone
+from medmask.models.heads import build_head
+from medmask.models.weights import (
+    ModelSpec,
+    download,
+    load_backbone,
+    load_classifier,
+    load_source,
+    read_model,
+    save_model,
+)  # fmt: skip
+from tests.toy import is_same
+
+SPEC = ModelSpec("small_cnn", {"kind": "mlp_bn", "hidden": 8}, 3, ["a", "b", "ü"], {"size": 28, "channels": 1}, 5)
+
+
+def network() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(build_backbone("small_cnn", 1), build_head(SPEC.head, width=512, n_classes=3))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_model_file_round_trips(tmp_path):
+    first = network()
+    save_model(tmp_path / "m.safetensors", first, SPEC, np.array([5, -3, 5]))
+    second, spec, seen = load_classifier(tmp_path / "m.safetensors", n_classes=3)
+    assert spec == SPEC
+    assert seen.tolist() == [-3, 5]
+    assert seen.dtype == np.int64
+    assert is_same(first.state_dict(), second.state_dict())
+    assert not second.training
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_channels_last_weights_are_saved(tmp_path):
+    first = network().to(memory_format=torch.channels_last)
+    save_model(tmp_path / "m.safetensors", first.state_dict(), SPEC, np.empty(0))
+    assert is_same(first.state_dict(), read_model(tmp_path / "m.safetensors")[0])
+
+
+def test_a_truncated_model_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_model(path, network(), SPEC, np.empty(0))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"m.safetensors: not a whole safetensors file"):
+        load_classifier(path)
+
+
+def test_a_model_file_of_others(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"not a model file of medmask; load it with .* `method: weights`"):
+        read_model(tmp_path / "m.safetensors")
+
+
+def test_another_architecture_lists_every_name(tmp_path):
+    spec = ModelSpec(**{**vars(SPEC), "head": {"kind": "linear"}})
+    save_model(tmp_path / "m.safetensors", network(), spec, np.empty(0))
+    with pytest.raises(CheckpointError) as error:
+        load_classifier(tmp_path / "m.safetensors")
+    assert "weights of another architecture" in str(error.value)
+    assert "missing: head.weight (3, 512)" in str(error.value)
+    assert "left over: head.0.weight (8, 512)" in str(error.value)
+
+
+def test_another_number_of_classes(tmp_path):
+    save_model(tmp_path / "m.safetensors", network(), SPEC, np.empty(0))
+    with pytest.raises(CheckpointError, match="has 3 classes, the data have 2"):
+        load_classifier(tmp_path / "m.safetensors", n_classes=2)
+
+
+def test_a_backbone_alone_cannot_classify(tmp_path):
+    spec = ModelSpec(**{**vars(SPEC), "head": {}, "n_classes": 0, "classes": []})
+    save_model(tmp_path / "m.safetensors", {"backbone.x": torch.zeros(1)}, spec, np.empty(0))
+    with pytest.raises(CheckpointError, match="a backbone without a head, which cannot classify"):
+        load_classifier(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("nest", [None, "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.backbone."])
+def test_weights_of_others_with_their_wrappers(tmp_path, nest, prefix):
+    backbone = build_backbone("small_cnn", 1)
+    content = OrderedDict((prefix + name, value) for name, value in backbone.state_dict().items())
+    content[(prefix.removesuffix("backbone.")) + "fc.weight"] = torch.zeros(2, 512)
+    torch.save({nest: content, "epoch": 3, "args": [1, "a"]} if nest else content, tmp_path / "w.pth")
+    fresh = build_backbone("small_cnn", 1)
+    load_backbone(fresh, load_source(tmp_path / "w.pth"), "w.pth")
+    assert is_same(backbone.state_dict(), fresh.state_dict())
+
+
+def test_our_own_file_is_a_source_too(tmp_path):
+    first = network()
+    save_model(tmp_path / "m.safetensors", first, SPEC, np.array([1]))
+    assert is_same(first.backbone.state_dict(), load_source(tmp_path / "m.safetensors"))
+
+
+def test_old_files_do_not_count_batches(tmp_path):
+    state = {k: v for k, v in build_backbone("small_cnn", 1).state_dict().items() if "num_batches" not in k}
+    load_backbone(build_backbone("small_cnn", 1), state, "w")
+
+
+def test_the_backbone_is_loaded_strictly():
+    state = build_backbone("small_cnn", 3).state_dict()
+    state["extra.weight"] = torch.zeros(2)
+    del state["3.bias"]
+    with pytest.raises(CheckpointError) as error:
+        load_backbone(build_backbone("small_cnn", 1), state, "w.pt")
+    assert str(error.value).splitlines() == [
+        "w.pt: weights of another architecture:",
+        "  missing: 3.bias (16,)",
+        "  left over: extra.weight (2,)",
+        "  0.weight: need (16, 1, 3, 3), got (16, 3, 3, 3)",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    for name, write in (
+        ("a.pt", lambda path: torch.save({"model": Evil(str(tmp_path / "ran"))}, path)),
+        ("b.pth", lambda path: path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))),
+    ):
+        write(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{name}: holds code or objects, not only tensors") as error:
+            load_source(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_truncated_source(tmp_path, name):
+    path = tmp_path / name
+    state = build_backbone("small_cnn", 1).state_dict()
+    torch.save(state, path) if name == "w.pt" else save_file(state, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=f"{name}: not a whole weights file") as error:
+        load_source(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_bad_sources(tmp_path):
+    with pytest.raises(ConfigError, match="file: no such weights file: "):
+        load_source(tmp_path / "none.pt")
+    torch.save({"epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="no weights at the top or under model, state_dict"):
+        load_source(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=f"sha256 is {io.file_digest(tmp_path / 'w.pt')}, the settings say 00"):
+        load_source(tmp_path / "w.pt", "00")
+
+
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_without_a_network_the_error_says_what_to_do(monkeypatch, source):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("timm.create_model" if source == "timm" else "torchvision.models.get_model_weights", fail)
+    with pytest.raises(CheckpointError, match=rf"from {source}: cannot be fetched \(OSError: no route.*`source: file`"):
+        download(source, "resnet18")
+
+
+def test_downloaded_weights_are_those_of_the_library(monkeypatch):
+    model = nn.Linear(2, 2)
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, num_classes: model)
+    assert is_same(weights.download("timm", "timm.x"), model.state_dict())

@@ -1,0 +1,243 @@
+"""The stages pretrain and finetune: files in, files out."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medmask import cli
+from medmask.errors import CheckpointError, ConfigError, DataError, Stopped
+from medmask.models.backbones import build_backbone
+from medmask.models.weights import load_classifier, read_model
+from medmask.stages import finetune, pretrain, training
+from medmask.train.checkpoint import Checkpointer
+from medmask.train.signals import StopFlag
+from tests.toy import SETTINGS, is_same, settings, write_data
+
+OUTPUTS = {
+    "model": "model.safetensors",
+    "best": "best.safetensors",
+    "history": "history.jsonl",
+    "record": "record.json",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def run(folder: Path, data: dict[str, Path], stage=finetune, cfg=None, **inputs) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    outputs = {name: folder / file for name, file in OUTPUTS.items()}
+    given = {name: data.get(name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
+    stage.run(cfg or settings(), **{**given, **inputs}, **outputs, work_dir=folder / "work", checkpoint_min=15)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    return run(tmp_path_factory.mktemp("trained"), data)
+
+
+def test_declared_files_and_no_others(trained, data):
+    folder = trained["model"].parent
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*OUTPUTS.values(), "work"])
+    assert sorted(p.name for p in (folder / "work").iterdir()) == ["history.jsonl", "tensorboard"]
+    assert trained["history"].read_text() == (folder / "work" / "history.jsonl").read_text()
+    record = json.loads(trained["record"].read_text())
+    assert {name: record[name] for name in ("epochs", "steps", "images_seen", "ranks", "device", "notes")} == {
+        "epochs": 2, "steps": 10, "images_seen": 68, "ranks": 1, "device": "cpu", "notes": []
+    }  # fmt: skip
+    assert record["parameters"] == record["trainable"] == 16_848 - 2 * 16 * 9 + 2 * 513  # 1 channel, linear head
+    assert set(record["best"]) == set(record["last"]) == {"loss", "accuracy", "balanced_accuracy"}
+    assert 1 <= record["best_epoch"] <= 2
+
+
+def test_the_model_file_says_what_it_is_and_what_it_has_seen(trained, data):
+    _, spec, seen = load_classifier(trained["model"])
+    assert (spec.backbone, spec.head, spec.n_classes, spec.epoch) == ("small_cnn", {"kind": "linear"}, 2, 2)
+    assert spec.classes == ["c0", "c1"]
+    assert spec.image["size"] == 28
+    digests = [line.split(",")[5] for line in data["split"].read_text().splitlines()[1:]]
+    expected = {np.uint64(int(digest[:16], 16)).astype(np.int64) for digest in digests}
+    assert set(seen.tolist()) == expected
+    best = json.loads(trained["record"].read_text())["best_epoch"]
+    assert read_model(trained["best"])[1].epoch == best
+
+
+def test_labels_are_those_that_the_settings_name(data):
+    files = training.Files(**data, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    table = np.array([line.split(",")[1:3] for line in data["labels"].read_text().splitlines()[1:]]).astype(int)
+    noisy, _ = training.read_sides(settings(), files, 2)
+    true, _ = training.read_sides(settings(train_labels="true", validation_labels="true"), files, 2)
+    assert noisy["train"].labels.tolist() == table[:34, 1].tolist() != table[:34, 0].tolist()
+    assert noisy["val"].labels.tolist() == table[34:, 1].tolist()
+    assert noisy["train"].true_labels.tolist() == true["train"].labels.tolist() == table[:34, 0].tolist()
+    assert true["val"].labels.tolist() == table[34:, 0].tolist()
+    assert noisy["train"].positions.tolist() == list(range(34))
+
+
+def test_rows_keep_the_order_of_the_split_file_and_find_their_labels_by_id(tmp_path):
+    files = write_data(tmp_path)
+    header, *rows = files["split"].read_text().splitlines()
+    files["split"].write_text("\n".join([header, *rows[::-1]]) + "\n")
+    files = training.Files(**files, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    sides, _ = training.read_sides(settings(train_labels="true"), files, 2)
+    assert sides["train"].positions.tolist() == list(range(33, -1, -1))
+    assert sides["train"].labels.tolist() == [i % 2 for i in range(33, -1, -1)]
+
+
+def test_an_initial_model_is_continued(tmp_path, trained, data):
+    cfg = settings(backbone=None, image=None, lr=1e-12)  # nothing moves but the batch statistics
+    outputs = run(tmp_path / "a", data, cfg=cfg, init=trained["model"])
+    before, _, seen = read_model(trained["model"])
+    after, spec, later = read_model(outputs["model"])
+    assert all(
+        torch.allclose(before[name], after[name]) for name in before if "running" not in name and "num" not in name
+    )
+    assert spec.image["channels"] == 1
+    assert later.tolist() == seen.tolist()
+
+
+def test_other_classes_get_a_new_head_that_does_not_depend_on_the_backbone(tmp_path, trained, caplog):
+    three = write_data(tmp_path / "data", n_classes=3)
+    cfg = settings(lr=1e-12, epochs=1)
+    with caplog.at_level(logging.INFO):
+        started = run(tmp_path / "a", three, cfg=cfg, init=trained["model"])
+    assert "a new head, since classes or head differ" in caplog.text
+    assert json.loads(started["record"].read_text())["notes"]
+    first, spec, seen = read_model(started["model"])
+    scratch, _, _ = read_model(run(tmp_path / "b", three, cfg=cfg)["model"])
+    assert spec.n_classes == 3
+    assert torch.allclose(first["head.weight"], scratch["head.weight"])
+    assert not torch.allclose(first["backbone.0.weight"], scratch["backbone.0.weight"])
+    assert set(read_model(trained["model"])[2]) < set(seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"backbone": "resnet18"}, ConfigError, "backbone: resnet18 cannot start from the small_cnn of"),
+        (
+            {"image": {"size": 28, "channels": 3}},
+            CheckpointError,
+            r"0.weight: need \(16, 3, 3, 3\), got \(16, 1",
+        ),
+    ],
+)
+def test_an_initial_model_that_does_not_fit(tmp_path, trained, data, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        run(tmp_path / "a", data, cfg=settings(**changes), init=trained["model"])
+    assert [p.name for p in (tmp_path / "a").iterdir()] == []
+
+
+def test_without_backbone_and_initial_model(tmp_path, data):
+    with pytest.raises(ConfigError, match="backbone: needed, since there are no starting weights"):
+        run(tmp_path, data, cfg=settings(backbone=None))
+
+
+def test_frozen_backbone(tmp_path, trained, data):
+    outputs = run(tmp_path / "a", data, cfg=settings(freeze="all"), init=trained["model"])
+    before, after = read_model(trained["model"])[0], read_model(outputs["model"])[0]
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone."))
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+    assert json.loads(outputs["record"].read_text())["trainable"] == 2 * 513
+
+
+def test_no_validation_images(tmp_path):
+    outputs = run(tmp_path / "a", write_data(tmp_path / "data", n=20, n_val=0))
+    record = json.loads(outputs["record"].read_text())
+    assert (record["best_epoch"], record["best"]) == (2, {})
+    assert record["notes"] == ["no validation images: the best epoch is the last one"]
+    assert is_same(read_model(outputs["model"])[0], read_model(outputs["best"])[0])
+
+
+def broken(tmp_path, name, change):
+    files = write_data(tmp_path / "data")
+    files[name].write_text(change(files[name].read_text()))
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("labels", lambda t: t.replace("i3,1,1", "i3,1,7").replace("i5,1,1", "i5,-1,1"),
+         "labels.csv: 2 problems:\n  image i3: label outside 0..1\n  image i5: label outside 0..1"),
+        ("labels", lambda t: t.replace("i3,1,1,0\n", ""), "no label for image i3"),
+        ("labels", lambda t: t.replace("true_label", "label"), "labels.csv: missing column true_label"),
+        ("labels", lambda t: t.replace("i3,1,1", "i3,1,cat"), "labels.csv: "),
+        ("split", lambda t: t.replace(",train,", ",test,"), "split.csv: no images on the side train"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_refused(tmp_path, name, change, message):
+    with pytest.raises(DataError) as error:
+        run(tmp_path / "a", broken(tmp_path, name, change))
+    assert message in str(error.value)
+
+
+def test_ranks_matter_without_sync_bn(tmp_path, data):
+    with pytest.raises(ConfigError, match="ranks: the settings say 2 and 1 processes run; without `sync_bn`"):
+        run(tmp_path, data, cfg=settings(sync_bn=False, ranks=2))
+
+
+def test_a_run_that_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, data, trained, monkeypatch):
+    class Soon(StopFlag):
+        def __getattribute__(self, name):
+            return True if name == "is_set" else super().__getattribute__(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medmask.train.signals.StopFlag", Soon)
+        with pytest.raises(Stopped):
+            run(tmp_path / "a", data)
+    assert len(Checkpointer(tmp_path / "a" / "work", "").paths()) == 1
+    with pytest.raises(CheckpointError, match="belongs to other settings or inputs"):
+        run(tmp_path / "a", data, cfg=settings(lr=0.01))
+    outputs = run(tmp_path / "a", data, cfg=settings(workers=1))
+    assert is_same(read_model(outputs["model"])[0], read_model(trained["model"])[0])
+
+
+def test_pretrain_trains_like_finetune(tmp_path, data, trained):
+    cfg = cli.parse_settings(json.dumps(SETTINGS), pretrain.CONFIG, "pretrain")
+    outputs = run(tmp_path, data, stage=pretrain, cfg=cfg)
+    assert is_same(read_model(outputs["model"])[0], read_model(trained["model"])[0])
+
+
+def test_pretrain_needs_data_to_train(tmp_path, data):
+    cfg = cli.parse_settings(json.dumps(SETTINGS), pretrain.CONFIG, "pretrain")
+    with pytest.raises(ConfigError, match="--summary, --labels: needed to train"):
+        run(tmp_path, {**data, "labels": None, "summary": None}, stage=pretrain, cfg=cfg)
+
+
+def test_weights_are_loaded_and_finetuned(tmp_path, data):
+    source = build_backbone("small_cnn", 1)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pt")
+    given = {"method": "weights", "source": "file", "backbone": "small_cnn", "file": str(tmp_path / "w.pt")}
+    cfg = cli.parse_settings(json.dumps({**given, "image": {"size": 28, "channels": 1}}), pretrain.CONFIG, "pretrain")
+    loaded = run(tmp_path / "a", {}, stage=pretrain, cfg=cfg)
+    state, spec, seen = read_model(loaded["model"])
+    assert is_same(state, {f"backbone.{name}": value for name, value in source.state_dict().items()})
+    assert (spec.n_classes, spec.epoch, len(seen)) == (0, 0, 0)
+    assert loaded["history"].read_text() == ""
+    assert json.loads(loaded["record"].read_text())["notes"] == [f"weights loaded from {tmp_path / 'w.pt'}"]
+    assert loaded["model"].read_bytes() == loaded["best"].read_bytes()
+    outputs = run(tmp_path / "b", data, cfg=settings(backbone=None, image=None, freeze="all"), init=loaded["model"])
+    after = read_model(outputs["model"])[0]
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_from_the_command_line(tmp_path, data, capsys):
+    flags = [text for name, path in data.items() for text in (f"--{name}", str(path))]
+    flags += [text for name, file in OUTPUTS.items() for text in (f"--{name}", str(tmp_path / "out" / file))]
+    flags += ["--work-dir", str(tmp_path / "work")]
+    assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+    bad = {**SETTINGS, "image": {"size": 14, "channels": 1}}
+    assert cli.main(["finetune", "--config", json.dumps(bad), *flags]) == 2
+    line = "image.size: small_cnn needs 28, got images of 14 x 14 pixels"
+    assert capsys.readouterr().err.splitlines()[-1] == f"medmask finetune: error: {line}"
+    assert (tmp_path / "work" / "refused").read_text() == line + "\n"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])

@@ -1,0 +1,108 @@
+"""A small dataset in the form that the data stages write, and short trainings on it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medmask.config.training import Augment, Image, SupervisedFinetuning
+from medmask.data.images import ImageReader
+from medmask.methods import build_method
+from medmask.models.backbones import Classifier
+from medmask.train.checkpoint import Checkpointer
+from medmask.train.distributed import DistContext
+from medmask.train.fit import Execution, State, fit
+from medmask.train.loader import Rows, TrainingData
+
+SETTINGS: dict[str, Any] = {
+    "method": "supervised",
+    "backbone": "small_cnn",
+    "image": {"size": 28, "channels": 1},
+    "epochs": 2,
+    "batch_size": 8,
+    "lr": 0.05,
+    "needs": {"cpus": 1, "gpu": 0},
+}
+
+
+def write_pack(folder: Path, images: list[np.ndarray]) -> None:
+    offsets = np.cumsum([0, *(image.size for image in images)])
+    np.save(folder / "images.npy", np.concatenate([image.ravel() for image in images]))
+    np.save(folder / "index.npy", np.array([(o, *image.shape) for o, image in zip(offsets, images, strict=False)]))
+
+
+def write_data(folder: Path, n: int = 48, n_val: int = 14, side: int = 28, n_classes: int = 2) -> dict[str, Path]:
+    """Noisy squares with a bright band whose place is the class; every sixth label is flipped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(7)
+    labels = np.arange(n) % n_classes
+    images = [rng.integers(0, 120, (side, side, 1)).astype(np.uint8) for _ in range(n)]
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 2] += 100
+    write_pack(folder, images)
+    noisy = np.where(np.arange(n) % 6 == 0, (labels + 1) % n_classes, labels)
+    split = ["image_id,position,label,class_name,group,sha256,side,test_set"]
+    table = ["image_id,true_label,noisy_label,is_flipped"]
+    for i in range(n):
+        digest = hashlib.sha256(images[i].tobytes()).hexdigest()
+        split.append(f"i{i},{i},{labels[i]},c{labels[i]},g{i},{digest},{'train' if i < n - n_val else 'val'},")
+        table.append(f"i{i},{labels[i]},{noisy[i]},{int(labels[i] != noisy[i])}")
+    (folder / "split.csv").write_text("\n".join(split) + "\n")
+    (folder / "labels.csv").write_text("\n".join(table) + "\n")
+    (folder / "split.json").write_text(json.dumps({"classes": [f"c{k}" for k in range(n_classes)]}))
+    names = {"images": "images.npy", "index": "index.npy", "split": "split.csv", "summary": "split.json"}
+    return {name: folder / file for name, file in {**names, "labels": "labels.csv"}.items()}
+
+
+def settings(**changes: Any) -> SupervisedFinetuning:
+    return SupervisedFinetuning(**{**SETTINGS, **changes})
+
+
+def tiny_network(seed: int = 0, n_classes: int = 2, norm: bool = True) -> Classifier:
+    """Two convolutions with batch norm, 1 channel, any size."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.ReLU(), nn.Conv2d(4, 4, 3)]
+    backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return Classifier(backbone, nn.Linear(16, n_classes))
+
+
+def toy_data(folder: Path, n: int = 30, n_val: int = 9, augment: Augment | None = None, seed: int = 0) -> TrainingData:
+    """8x8 images of two classes."""
+    write_data(folder, n, n_val, side=8)
+    labels = np.arange(n) % 2
+    positions = np.arange(n)
+    train, val = (Rows(positions[part], labels[part], labels[part]) for part in (slice(n - n_val), slice(n - n_val, n)))
+    reader = ImageReader(folder / "images.npy", folder / "index.npy", Image(channels=1), augment, seed)
+    return TrainingData(train, val, reader)
+
+
+class StopAfter:
+    """A stop flag that is set from its n-th reading on, that is, in step n - 1."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    @property
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def run_fit(
+    cfg: SupervisedFinetuning, data: TrainingData, work: Path, *,
+    network: Classifier | None = None, ctx: DistContext | None = None, stop: Any = None,
+) -> tuple[dict[str, torch.Tensor], State]:  # fmt: skip
+    """Train a tiny network; weights after the last epoch, and the state."""
+    method = build_method(cfg.method, network or tiny_network(), cfg)
+    extra = {} if stop is None else {"stop": stop}
+    state = fit(cfg, method, data, Execution(ctx or DistContext(), Checkpointer(work, "k"), work, **extra))
+    return {name: value.clone() for name, value in method.export().items()}, state
+
+
+def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,94 @@
+"""Checkpoints: two kept, checked when read, no code run."""
+
+import logging
+import pickle
+
+import pytest
+import torch
+
+from medmask import io
+from medmask.errors import CheckpointError
+from medmask.train.checkpoint import Checkpointer, fingerprint
+from tests.toy import settings
+
+
+def test_two_newest_are_kept_and_the_newest_is_loaded(tmp_path):
+    checkpoints = Checkpointer(tmp_path, "k")
+    assert checkpoints.load() is None
+    for step in (3, 20, 100):
+        checkpoints.save(step, {"value": torch.tensor(step)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-000000020.pt", "checkpoint-000000020.sha256",
+        "checkpoint-000000100.pt", "checkpoint-000000100.sha256",
+    ]  # fmt: skip
+    assert int(checkpoints.load()["value"]) == 100
+    checkpoints.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one byte", "no digest"])
+def test_a_broken_newest_one_is_passed_over_with_a_warning_that_names_both(tmp_path, caplog, damage):
+    checkpoints = Checkpointer(tmp_path, "k")
+    for step in (1, 2):
+        checkpoints.save(step, {"value": step, "weights": torch.ones(100)})
+    newest = tmp_path / "checkpoint-000000002.pt"
+    if damage == "truncated":
+        newest.write_bytes(newest.read_bytes()[:100])
+    elif damage == "one byte":
+        content = newest.read_bytes()
+        newest.write_bytes(content.replace(torch.ones(3).numpy().tobytes(), b"\0" * 12, 1))
+        assert newest.read_bytes() != content
+    else:
+        newest.with_suffix(".sha256").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.load()["value"] == 1
+    assert "checkpoint-000000002.pt" in caplog.text
+    assert "going on from" in caplog.text
+    assert "checkpoint-000000001.pt" in caplog.text
+
+
+def test_other_settings_are_refused(tmp_path):
+    Checkpointer(tmp_path, "k").save(1, {})
+    with pytest.raises(CheckpointError, match=r"checkpoint-000000001.pt: belongs to other settings .* delete"):
+        Checkpointer(tmp_path, "other").load()
+
+
+def test_code_is_not_run(tmp_path, caplog):
+    path = tmp_path / "checkpoint-000000001.pt"
+    path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))
+    path.with_suffix(".sha256").write_text(io.file_digest(path))
+    assert Checkpointer(tmp_path, "k").load() is None
+    assert "cannot be read" in caplog.text
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_failed_save_leaves_the_older_one(tmp_path):
+    checkpoints = Checkpointer(tmp_path, "k")
+    checkpoints.save(1, {"value": 1})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoints.save(2, {"value": lambda: 0})
+    assert checkpoints.load()["value"] == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_fingerprint_leaves_out_how_a_training_is_run(tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("a")
+
+    def key(**changes):
+        return fingerprint(settings(**changes).model_dump(mode="json"), {"labels": labels, "init": None})
+
+    first = key()
+    assert first == key(ranks=2, workers=3, needs={"cpus": 4})
+    assert first != key(lr=0.06)
+    assert key(sync_bn=False) != key(sync_bn=False, ranks=2)
+    labels.write_text("b")
+    assert first != key()

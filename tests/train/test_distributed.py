@@ -1,0 +1,122 @@
+"""Two gloo processes compute what one does; all of it in one start of two processes."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from medmask.errors import ConfigError, LaunchError
+from medmask.launch import free_port
+from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
+from medmask.train.distributed import DistContext, choose_device, distributed
+from tests.toy import is_same, tiny_network
+from tests.train.ranks import norm_images, norm_loss, norm_network, train_all
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks has found, and what one process finds."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.ranks", str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return found, train_all(folder, DistContext())
+
+
+def test_batch_norm_over_ranks_has_the_gradients_of_one_process(ranks):
+    (first, second), _ = ranks
+    network, images = norm_network(), norm_images()
+    norm_loss(network(images)).backward()
+    expected = {name: p.grad for name, p in network.named_parameters()}
+    expected |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with forward_ad.dual_level():
+        tangents = torch.ones_like(images)
+        tangents[:3], tangents[3:] = tangents[:3].cumsum(0), tangents[3:].cumsum(0) + 3
+        dual = forward_ad.make_dual(images, tangents)
+        expected["jvp"] = forward_ad.unpack_dual(norm_loss(network(dual))).tangent
+    assert first["norm"].keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(first["norm"][name], value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(second["norm"][name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_ranks_end_with_equal_weights(ranks):
+    (first, second), _ = ranks
+    assert all(is_same(first[name], second[name]) for name in first)
+
+
+def test_two_ranks_end_with_the_weights_of_one(ranks):
+    (first, _), alone = ranks
+    assert set(first) - set(alone) == {"norm", "own statistics"}
+    for name, expected in alone.items():
+        for key, value in expected.items():
+            torch.testing.assert_close(first[name][key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+
+
+def test_own_statistics_make_a_difference(ranks):
+    (first, _), alone = ranks
+    key = "backbone.1.running_var"
+    assert not torch.allclose(first["own statistics"][key], alone["method supervised"][key], rtol=1e-4)
+
+
+def test_conversion_keeps_parameters_buffers_and_names():
+    network = tiny_network()
+    twin = copy.deepcopy(network)
+    before = dict(twin.named_parameters())
+    convert_batchnorm(twin, torch.device("cpu"))
+    assert isinstance(twin.backbone[1], GlobalBatchNorm)
+    assert all(parameter is before[name] for name, parameter in twin.named_parameters())
+    assert is_same(network.state_dict(), twin.state_dict())
+    images = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(network(images), twin(images))  # one process: plain batch norm
+
+
+def test_frozen_layers_stay_marked_and_a_gpu_gets_the_norm_of_torch():
+    network = tiny_network()
+    network.backbone[1].is_frozen = True
+    convert_batchnorm(network, torch.device("cuda"))
+    assert isinstance(network.backbone[1], nn.SyncBatchNorm)
+    assert network.backbone[1].is_frozen
+
+
+def test_a_batch_norm_that_does_more_is_refused():
+    class WithActivation(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ConfigError, match="sync_bn: cannot be had with layers of type WithActivation"):
+        convert_batchnorm(nn.Sequential(WithActivation(3)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR or MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: need a number, got 'two'"),
+    ],
+)
+def test_a_broken_environment_is_refused(environ, message):
+    with pytest.raises(LaunchError, match=message), distributed(False, environ):
+        pass
+
+
+def test_one_process_needs_no_environment():
+    with distributed(False, {}) as ctx:
+        assert (ctx.rank, ctx.world, ctx.is_main, ctx.device.type) == (0, 1, True, "cpu")
+    assert choose_device(wants_gpu=False, local_rank=3).type == "cpu"
