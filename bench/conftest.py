@@ -29,9 +29,7 @@ def compare():
             pytest.fail(f"{question}: the floor varied by {max(base) / min(base):.2f}x, the run is void")
         ratios = sorted(own / other for own, other in seconds)
         ratio = statistics.median(ratios)
-        lines.append(
-            f"| {question} | {ratio:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} | {statistics.median(base):.4g} s {unit} |"
-        )
+        lines.append(f"| {question} | {ratio:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} | {middle:.4g} s {unit} |")
         return ratio
 
     return run
@@ -45,11 +43,11 @@ def timed(function) -> float:
 
 def pytest_sessionfinish(session, exitstatus):
     if lines:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread"
         head = [
             "# Benchmarks",
             "",
-            f"`make bench` at commit {io.commit()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread;"
-            f" medians of {ROUNDS} interleaved rounds.",
+            f"`make bench` at commit {io.commit()}, {machine}; medians of {ROUNDS} interleaved rounds.",
             "",
             "| question | ratio to the floor | range | floor |",
             "|---|---|---|---|",

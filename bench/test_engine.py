@@ -6,7 +6,6 @@ from torch.nn import functional
 
 from medmask.config.training import SupervisedFinetuning
 from medmask.data.images import ImageReader
-from medmask.data.pack import write_pack
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone
 from medmask.models.heads import build_head, head_settings
@@ -17,7 +16,8 @@ from medmask.train.loader import Rows, TrainingData
 
 N, BATCH = 4096, 128
 CFG = SupervisedFinetuning(
-    method="supervised", backbone="small_cnn", head={"kind": "mlp_bn"}, image={"size": 28}, epochs=1, batch_size=BATCH, lr=0.01,
+    method="supervised", backbone="small_cnn", head={"kind": "mlp_bn"}, image={"size": 28},
+    epochs=1, batch_size=BATCH, lr=0.01,
 )  # fmt: skip
 
 
@@ -32,7 +32,8 @@ def test_training_loop(compare, tmp_path):
     pixels = rng.integers(0, 256, (N, 28, 28, 1), dtype=np.uint8)
     labels = rng.integers(0, 2, N)
     images, index = tmp_path / "images.npy", tmp_path / "index.npy"
-    write_pack(images, index, iter(pixels))
+    np.save(images, pixels.ravel())
+    np.save(index, np.stack([np.arange(N) * 784, *(np.full(N, side) for side in (28, 28, 1))], axis=1))
     rows = Rows(np.arange(N), labels, labels)
     nothing = Rows(*(np.empty(0, dtype=np.int64),) * 3)
     data = TrainingData(rows, nothing, ImageReader(images, index, CFG.image, CFG.augment, 0))

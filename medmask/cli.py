@@ -67,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
             (work_dir / "refused").unlink(missing_ok=True)
         run_stage(args)
     except Stopped as stop:
-        print(f"medmask {args.command}: {stop}", file=sys.stderr)
+        if is_main_rank():
+            print(f"medmask {args.command}: {stop}", file=sys.stderr)
         return STOPPED
     except MedmaskError as error:
         if is_main_rank():
@@ -154,6 +155,8 @@ def all_or_none(targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
     parts = {}
     for name, path in targets.items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".part-*-{path.name}") if is_main_rank() else ():
+            left.unlink(missing_ok=True)  # of a stage that was killed
         parts[name] = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield parts

@@ -150,6 +150,7 @@ class Weights(Block):
     method: Literal["weights"]
     source: Literal["file", "torchvision", "timm"] = Field(description="where the weights come from")
     backbone: Name = Field(description="network that the weights belong to")
+    version: Text = Field("IMAGENET1K_V1", description="source torchvision: name of the weights")
     file: Text | None = Field(None, description="source file: a .safetensors or .pt file")
     sha256: Annotated[Text, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="its digest, checked")
     image: Image = Field(

@@ -37,12 +37,9 @@ class ImageReader:
             return self.normalised(self.pixels(positions))
         draws = [np.random.default_rng([self.seed, epoch, int(position)]) for position in positions]
         if self.augment.crop_scale is None:
-            images = self.pixels(positions)
-        else:
-            images = torch.stack(
-                [self.random_crop(position, rng) for position, rng in zip(positions, draws, strict=True)]
-            )
-        return self.normalised(turn(images, self.augment, draws))
+            return self.normalised(turn(self.pixels(positions), self.augment, draws))
+        crops = [self.random_crop(position, rng) for position, rng in zip(positions, draws, strict=True)]
+        return self.normalised(torch.stack(crops))
 
     def pixels(self, positions: np.ndarray) -> Tensor:
         """Resized and cropped at the centre, (N, C, H, W) uint8."""
@@ -66,11 +63,12 @@ class ImageReader:
         return fit_square(images, self.image.size, self.image.resize or self.image.size)
 
     def random_crop(self, position: int, rng: np.random.Generator) -> Tensor:
+        """Flip and turn the whole image, then cut a box out of it: a crop before the turn would have more corners."""
         from torchvision.transforms.v2 import functional
 
         assert self.augment is not None
         assert self.augment.crop_scale is not None
-        pixels = self.one(position)
+        pixels = turn(self.one(position)[None], self.augment, [rng])[0]
         height, width = (int(side) for side in pixels.shape[-2:])
         size = [self.image.size] * 2 if self.image.size is not None else [height, width]
         box = crop_box(height, width, self.augment.crop_scale, self.augment.crop_ratio, rng)

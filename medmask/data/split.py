@@ -45,6 +45,8 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
         notes += take_meta_set(table, cfg.meta_set, dataset["lists"], cfg)
     if cfg.sizes is not None:
         notes += unmet_counts(table, cfg.sizes)
+    if cfg.kind == "folders" and (unused := int(((table["side"] == "") & ~both).sum()) - crossing["dropped"]) > 0:
+        notes.append(f"{unused} images of the source are on no side: `train`, `val` and `test` name no list with them.")
     if empty := {"train", "test"} - set(table["side"]):
         raise DataError(
             f"split: no image is left for {' and '.join(sorted(empty))}{': ' if notes else ''}{' '.join(notes)}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medmask import io
-from medmask.errors import CheckpointError, ConfigError, listing
+from medmask.errors import CheckpointError, ConfigError, listing, lookup
 from medmask.models.backbones import HEAD_NAMES, Classifier, build_backbone, width_of
 from medmask.models.heads import build_head
 
@@ -151,18 +151,26 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
-def download(source: str, name: str) -> dict[str, Tensor]:
-    """Fetch the published weights of a network from torchvision or timm; CheckpointError where there is no network."""
+def download(source: str, name: str, version: str) -> dict[str, Tensor]:
+    """Fetch the published weights of a network from torchvision (by their version) or timm.
+
+    Raises
+    ------
+    ConfigError : torchvision has no such weights. CheckpointError : they cannot be fetched, as on a node offline.
+    """
     where = f"weights of {name} from {source}"
     try:
         if source == "torchvision":
             from torchvision import models
 
-            return dict(models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False, check_hash=True))
+            weights = lookup(models.get_model_weights(name).__members__, version, "version")
+            return dict(weights.get_state_dict(progress=False, check_hash=True))
         import timm
 
         model = timm.create_model(name.removeprefix("timm."), pretrained=True, num_classes=0)
         return dict(model.state_dict())
+    except ConfigError:
+        raise
     except Exception as error:  # each library, and each of its transports, has exceptions of its own
         refuse_download(where, error)
 

@@ -209,7 +209,7 @@ def load_weights(cfg: Weights, *, model: Path, best: Path, history: Path, record
         state = load_source(Path(where), cfg.sha256)
     else:
         where = f"{cfg.backbone} of {cfg.source}"
-        state = download(cfg.source, cfg.backbone)
+        state = download(cfg.source, cfg.backbone, cfg.version)
     load_backbone(backbone, state, where)
     spec = ModelSpec(cfg.backbone, {}, 0, [], cfg.image.model_dump(mode="json"), epoch=0)
     weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}

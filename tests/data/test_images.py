@@ -1,14 +1,12 @@
 """From pixels to tensors, by hand and against torchvision."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
 from medmask.config.training import Augment, Image
-from medmask.data.images import ImageReader, crop_box, eval_batches, fit_square, rotate
+from medmask.data.images import ImageReader, crop_box, eval_batches, fit_square, rotate, turn
 from medmask.errors import ConfigError
 from tests.toy import write_pack
 
@@ -141,12 +139,12 @@ def test_crops_keep_the_packed_size_or_take_the_asked_one(tmp_path):
     assert reader(tmp_path, arrays, Image(size=6), augment).batch(np.arange(2), epoch=0).shape == (2, 3, 6, 6)
 
 
-def test_plain_batches_are_fast(tmp_path):
-    images = noise(6_000, 28, 28, 1)
-    np.save(tmp_path / "images.npy", images.ravel())
-    np.save(tmp_path / "index.npy", np.array([(i * 784, 28, 28, 1) for i in range(6_000)]))
-    plain = ImageReader(tmp_path / "images.npy", tmp_path / "index.npy", Image(), Augment())
-    started = time.perf_counter()
-    for start in range(0, 6_000, 128):
-        plain.batch(np.arange(start, min(start + 128, 6_000)), epoch=0)
-    assert time.perf_counter() - started < 0.5  # a tenth of MNIST; the floor is about 0.03 s
+def test_a_turned_image_is_cut_after_the_turn(tmp_path):
+    """The published order: a box cut before the turn would show black corners more often."""
+    augment = Augment(rotate=90, crop_scale=(0.2, 0.5))
+    array = noise(40, 40, 3)
+    got = reader(tmp_path, [array], Image(size=16, **PLAIN), augment, seed=3).batch(np.array([0]), epoch=5)
+    rng = np.random.default_rng([3, 5, 0])
+    turned = turn(torch.from_numpy(array).permute(2, 0, 1)[None], augment, [rng])[0]
+    box = crop_box(40, 40, (0.2, 0.5), augment.crop_ratio, rng)
+    assert torch.equal(got[0], functional.resized_crop(turned, *box, [16, 16], antialias=True) / 255)

@@ -141,7 +141,8 @@ def make_results(root: Path, *, n: int = 120, seeds: tuple[int, ...] = (0, 1, 2)
     ]  # fmt: skip
     claim = {
         "contrast": ["pretrained", "baseline"], "where": {"noise": "sym40"}, "against": {},
-        "metric": "accuracy", "test_set": "test", "selection": "last", "margin": 0.0, "text": "Pretraining helps at 40 % noise",
+        "metric": "accuracy", "test_set": "test", "selection": "last", "margin": 0.0,
+        "text": "Pretraining helps at 40 % noise",
     }  # fmt: skip
     table = {"columns": "noise", "metric": "balanced_accuracy", "decimals": 3, "test_set": "test", "selection": "last"}
     settings = {

@@ -174,10 +174,15 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, source):
 
     monkeypatch.setattr("timm.create_model" if source == "timm" else "torchvision.models.get_model_weights", fail)
     with pytest.raises(CheckpointError, match=rf"from {source}: cannot be fetched \(OSError: no route.*`source: file`"):
-        download(source, "resnet18")
+        download(source, "resnet18", "IMAGENET1K_V1")
 
 
 def test_downloaded_weights_are_those_of_the_library(monkeypatch):
     model = nn.Linear(2, 2)
     monkeypatch.setattr("timm.create_model", lambda name, pretrained, num_classes: model)
-    assert is_same(weights.download("timm", "timm.x"), model.state_dict())
+    assert is_same(weights.download("timm", "timm.x", ""), model.state_dict())
+
+
+def test_an_unknown_version_is_refused_with_the_choices():
+    with pytest.raises(ConfigError, match="version: unknown name 'V9'; choices: DEFAULT, IMAGENET1K_V1"):
+        weights.download("torchvision", "resnet18", "V9")

@@ -68,6 +68,10 @@ def renamed(raw):
     return raw
 
 
+def reordered(raw):
+    return put("finetunings/plain", dict(reversed(raw["finetunings"]["plain"].items())))(raw)
+
+
 AGAIN = {
     "a finetuning option": (
         put("finetunings/plain/lr", 0.01),
@@ -93,7 +97,7 @@ AGAIN = {
     "a metric of the table": (put("evaluations/default/metrics", ["f1_macro"]), {"runs": 1, "aggregate": 1}),
     "the shape of the table": (put("experiments/tiny/table", {"decimals": 2}), {"runs": 1, "aggregate": 1}),
     "a renamed block": (renamed, {"runs": 1, "aggregate": 1}),
-    "reordered keys": (lambda raw: put("finetunings/plain", dict(reversed(raw["finetunings"]["plain"].items())))(raw), {}),
+    "reordered keys": (reordered, {}),
     "reordered rows": (lambda raw: json.loads(json.dumps(raw, sort_keys=True)), {"runs": 1, "aggregate": 1}),
     "a time limit": (put("finetunings/plain/needs", {"gpu": 0, "hours": 5}), {}),
     "another number of ranks": (put("pretrainings/base/ranks", 4), {}),
