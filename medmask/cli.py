@@ -113,23 +113,24 @@ def run_stage(args: argparse.Namespace) -> None:
     """Check settings and inputs, run the stage on temporary outputs, and move them into place when all is done."""
     stage = stage_module(args.command)
     settings = parse_settings(args.config, stage.CONFIG, args.command)
-    files: dict[str, Any] = {name: getattr(args, name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
-    for name, path in files.items():
+    inputs = {name: getattr(args, name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
+    for name, path in inputs.items():
         if path is not None and not path.exists():
             raise ConfigError(f"{flag(name)}: no such file: {path}")
+    more: dict[str, Any] = {}
     if getattr(stage, "NEEDS_DATA_ROOT", False):
-        files["data_root"] = args.data_root
+        more["data_root"] = args.data_root
     if getattr(stage, "TRAINS", False):
-        files |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
+        more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
     targets = {name: getattr(args, name) for name in stage.OUTPUTS}
     record = {
         "stage": args.command,
         **io.provenance(),
         "config": TypeAdapter(stage.CONFIG).dump_python(settings, mode="json"),
-        "inputs": {name: str(path) for name, path in files.items() if isinstance(path, Path)},
+        "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
     }
     with all_or_none(targets) as parts:
-        stage.run(settings, **files, **parts)
+        stage.run(settings, **inputs, **more, **parts)
         if is_main_rank():
             io.write_json(next(iter(targets.values())).with_name("config.json"), record)
 

@@ -1,16 +1,27 @@
 """Answer, in words, the claim that was written down before the run."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from medmask.evaluation.cells import Cell, Measure, difference, measure_cells, partner, select_cells
 from medmask.evaluation.statistics import Estimate
 
 
-def answer_claim(claim: dict[str, Any] | None, cells: Sequence[Cell], draws: int) -> str:
-    """A few sentences of Markdown: replicated, not replicated, or undecided at this n."""
+@dataclass(frozen=True)
+class Answer:
+    """The claim, how it was tested, one word for it, and a sentence for each pair of cells."""
+
+    claim: str
+    test: str
+    word: str
+    sentences: list[str]
+
+
+def answer_claim(claim: dict[str, Any] | None, cells: Sequence[Cell], draws: int) -> Answer | None:
+    """Replicated, not replicated, undecided at this n, or incomplete; None where no claim was written down."""
     if claim is None:
-        return "# Claim\n\nNo claim was written down, so nothing is decided here.\n"
+        return None
     measure = Measure(claim["metric"], claim["test_set"], claim["selection"])
     wheres = claim["where"], {**claim["where"], **claim["against"]}
     a, b = (select_cells(cells, row, where) for row, where in zip(claim["contrast"], wheres, strict=True))
@@ -21,23 +32,30 @@ def answer_claim(claim: dict[str, Any] | None, cells: Sequence[Cell], draws: int
         row + "".join(f", {name} {value}" for name, value in where.items())
         for row, where in zip(claim["contrast"], wheres, strict=True)
     )
-    text = claim.get("text") or f"{first} is better than {second}"
-    lines = [
-        "# Claim",
-        "",
-        f"> {text}",
-        "",
-        f"Tested as: {first} minus {second} in {measure.metric} on test set {measure.test_set}, "
-        f"{measure.selection} epoch, is above {claim['margin']:g}. Decided by the paired 95 % interval.",
-        "",
-        f"**{overall([word for word, _ in answers])}**",
-        "",
+    sentences = [
+        f"{cell.name} minus {other.name}: {word}. {sentence}"
+        for (cell, other), (word, sentence) in zip(pairs, answers, strict=True)
     ]
-    if not pairs:
-        lines += [f"No cell of {first} has a single counterpart in {second}.", ""]
-    for (cell, other), (word, sentence) in zip(pairs, answers, strict=True):
-        lines.append(f"- {cell.name} minus {other.name}: {word}. {sentence}")
-    return "\n".join(lines).rstrip() + "\n"
+    return Answer(
+        claim.get("text") or f"{first} is better than {second}",
+        f"{first} minus {second} in {measure.metric} on test set {measure.test_set}, {measure.selection} epoch, "
+        f"is above {claim['margin']:g}",
+        overall([word for word, _ in answers]),
+        sentences or [f"No cell of {first} has a single counterpart in {second}."],
+    )
+
+
+def claim_page(answer: Answer | None) -> str:
+    """The answer as Markdown."""
+    if answer is None:
+        return "# Claim\n\nNo claim was written down, so nothing is decided here.\n"
+    head = f"# Claim\n\n> {answer.claim}\n\nTested as: {answer.test}. Decided by the paired 95 % interval.\n\n"
+    return head + f"**{answer.word}**\n\n" + "".join(f"- {sentence}\n" for sentence in answer.sentences)
+
+
+def claim_note(answer: Answer | None) -> list[str]:
+    """The answer as a footnote of the table."""
+    return [] if answer is None else [f"Claim: {answer.claim}: {answer.word}. {' '.join(answer.sentences)}"]
 
 
 def overall(words: Sequence[str]) -> str:

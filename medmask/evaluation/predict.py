@@ -1,17 +1,21 @@
 """Class probabilities of a network for a list of images."""
 
+import os
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import nn
 
+from medmask.config.base import Needs
 from medmask.evaluation.metrics import Array
 
 
-def pick_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(needs: Needs) -> torch.device:
+    """The first GPU if one is asked for and there is one, else as many cores as are asked for."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(needs.cpus)
+    return torch.device("cuda" if needs.gpu and torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from pydantic import Field
 from medmask import io
 from medmask.config.base import Block, Int
 from medmask.evaluation.cells import Measure, compare_cells, judge_published, make_cells, measure_cells
-from medmask.evaluation.claim import answer_claim
+from medmask.evaluation.claim import answer_claim, claim_note, claim_page
 from medmask.evaluation.collect import read_runs
 from medmask.evaluation.footnotes import footnotes
 from medmask.evaluation.render import to_html, to_markdown, to_tex
@@ -52,11 +52,12 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
     summary = summary_rows(content["experiment"], found, settings)
     io.write_csv(outputs["summary"], SUMMARY_COLUMNS, summary)
     io.write_csv(outputs["table_csv"], TABLE_COLUMNS, table_rows(cells, measure))
+    answer = answer_claim(settings["claim"], cells, cfg.draws)
     document = make_document(
         settings.get("title") or content["experiment"],
         cells,
         measure,
-        footnotes(settings, cells, measure, cfg.draws),
+        claim_note(answer) + footnotes(settings, cells, measure, cfg.draws),
         decimals=shape["decimals"],
     )
     outputs["table_md"].write_text(to_markdown(document), encoding="utf-8")
@@ -71,6 +72,6 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
     }
     for name, figure in drawn.items():
         figures.save(figure, outputs[f"{name}_png"], outputs[f"{name}_svg"])
-    outputs["claim"].write_text(answer_claim(settings["claim"], cells, cfg.draws), encoding="utf-8")
+    outputs["claim"].write_text(claim_page(answer), encoding="utf-8")
     done = sum(each.finished for each in found)
     log.info("%s: %d of %d runs finished", content["experiment"], done, len(found))

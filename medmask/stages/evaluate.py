@@ -54,7 +54,7 @@ def run(
     )
     test = choose_test_rows(rows, cfg.test_sets, split)
     notes = overlap_notes(rows, test)
-    device, epochs, done = pick_device(), {}, {}
+    device, epochs, done = pick_device(cfg.needs), {}, {}
     for selection, weights, target in (("last", model, predictions), ("best", best, predictions_best)):
         network, spec, seen = load_classifier(weights)
         check_classes(spec, classes, weights, summary)

@@ -14,7 +14,7 @@ from medmask.evaluation.cells import (
     partner,
     verdict,
 )
-from medmask.evaluation.claim import answer_claim
+from medmask.evaluation.claim import answer_claim, claim_page
 from medmask.evaluation.collect import last_error, read_runs
 from medmask.evaluation.footnotes import footnotes
 from medmask.evaluation.statistics import Estimate
@@ -173,25 +173,27 @@ CLAIM = {
     ],
 )
 def test_claim(cells, change, words):
-    text = answer_claim(CLAIM | change, cells, 200)
+    text = claim_page(answer_claim(CLAIM | change, cells, 200))
     for word in words:
         assert word in text
 
 
 def test_no_claim():
-    assert "No claim was written down" in answer_claim(None, [], 200)
+    assert "No claim was written down" in claim_page(answer_claim(None, [], 200))
 
 
 def test_claim_without_a_paired_seed_is_incomplete(experiment):
     runs = [run for run in experiment[1] if run["seed"] == {"baseline": 0}.get(run["row"], 1)]
-    text = answer_claim(CLAIM, make_cells(runs, "noise"), 200)
+    text = claim_page(answer_claim(CLAIM, make_cells(runs, "noise"), 200))
     assert "**incomplete**" in text
     assert "No seed has both" in text
 
 
 def test_claim_of_one_seed_says_so(experiment):
     runs = [run for run in experiment[1] if run["seed"] == 0]
-    assert "one seed: the interval holds for these two networks" in answer_claim(CLAIM, make_cells(runs, None), 200)
+    assert "one seed: the interval holds for these two networks" in claim_page(
+        answer_claim(CLAIM, make_cells(runs, None), 200)
+    )
 
 
 def test_footnotes(cells, experiment):

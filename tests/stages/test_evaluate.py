@@ -67,7 +67,7 @@ def stage(tmp_path, monkeypatch):
 
     monkeypatch.setattr("medmask.data.images.eval_batches", eval_batches)
     monkeypatch.setattr("medmask.models.weights.load_classifier", load_classifier)
-    monkeypatch.setattr("medmask.evaluation.predict.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("medmask.evaluation.predict.pick_device", lambda needs: torch.device("cpu"))
 
     def evaluate(**settings) -> int:
         pd.DataFrame(state.rows).to_csv(tmp_path / "split.csv", index=False)

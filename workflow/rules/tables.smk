@@ -1,12 +1,12 @@
 # What belongs to the tables of an experiment, and what is said at the end.
 REPORTED = {  # output of aggregate: its part of the report, and what it is called there
-    "table_html": ("Tables", "table"),
-    "table_csv": ("Tables", "table, all columns (CSV)"),
-    "runs_csv": ("Tables", "runs, keys and settings (CSV)"),
-    "metric_png": ("Figures", "metric by method"),
-    "confusion_png": ("Figures", "confusion matrices"),
-    "curves_png": ("Figures", "training curves"),
-    "noise_png": ("Figures", "label noise"),
+    "table_html": ("Tables", "1 table"),
+    "table_csv": ("Tables", "2 table, all columns (CSV)"),
+    "runs_csv": ("Tables", "3 runs, keys and settings (CSV)"),
+    "metric_png": ("Figures", "1 metric by method"),
+    "confusion_png": ("Figures", "2 confusion matrices"),
+    "curves_png": ("Figures", "3 training curves"),
+    "noise_png": ("Figures", "4 label noise"),
 }
 AGGREGATE_OUTPUTS = {"summary": "summary.csv"}
 AGGREGATE_OUTPUTS |= {f"table_{kind}": f"table.{kind}" for kind in ("csv", "md", "tex", "html")}

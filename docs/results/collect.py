@@ -1,0 +1,60 @@
+"""Collect the tables of a finished paper: `python docs/results/collect.py config/papers/<paper>.yaml`.
+
+Writes docs/results/<paper>.md, with the command, commit and machine, and the figures beside it. What stands in a file
+<paper>.notes.md, on what a table shows and what it does not, is put in front of the tables.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+
+
+def main(config: Path) -> None:
+    paper = config.stem
+    experiments = yaml.safe_load(config.read_text())["experiments"]
+    lines = [f"# {paper}", "", "```bash", f"snakemake --profile profiles/local --configfile {config}", "```", ""]
+    lines += [provenance(list(experiments)), ""]
+    notes = HERE / f"{paper}.notes.md"
+    lines += [notes.read_text().strip(), ""] if notes.exists() else []
+    for name in experiments:
+        folder = Path("results", name)
+        table = (folder / "table.md").read_text().replace("\n# ", "\n## ").strip()
+        claim = (folder / "claim.md").read_text().replace("# Claim", "### Claim").strip()
+        figure = HERE / f"{paper}-{name}.png"
+        shutil.copyfile(folder / "figures" / "metric.png", figure)
+        lines += [f"#{table}", "", f"![metric by method]({figure.name})", "", claim, ""]
+        shutil.copyfile(folder / "summary.csv", HERE / f"{paper}-{name}.csv")
+    (HERE / f"{paper}.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def provenance(experiments: list[str]) -> str:
+    """Commits, machine and time behind the tables."""
+    keys = set()
+    for name in experiments:
+        (plan,) = [
+            path for path in Path("results/runs").glob(f"{name}-*/runs.json") if json.loads(path.read_text())["runs"]
+        ]
+        for run in json.loads(plan.read_text())["runs"]:
+            keys |= {(stage, key) for stage, key in run["keys"].items() if key}
+    folders = [Path("results", stage, key) for stage, key in keys]
+    commits = {json.loads((folder / "config.json").read_text())["commit"] for folder in folders}
+    records = [json.loads(path.read_text()) for folder in folders if (path := folder / "record.json").exists()]
+    hours = sum(record["seconds"] * record["ranks"] for record in records) / 3600
+    devices = sorted({record["device"] for record in records})
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    trained = f"{len(records)} trainings, {hours:.2f} process hours on {', '.join(devices)}"
+    return (
+        f"Commit {', '.join(sorted(commits))}; {trained}; "
+        f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}."
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
