@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,25 @@ def test_quotes_and_dollars_reach_the_stage(workflow):
     assert done.returncode == 1
     assert not list(Path(workflow.folder).rglob("pwned"))
     assert "$(touch pwned); 'x'" in done.stdout + done.stderr
+
+
+BROWSER = next(
+    (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to open the report with")
+def test_the_report_opens_in_a_browser_without_a_network(finished, tmp_path):
+    report = finished.folder / "results" / "tiny" / "report.html"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom", report.as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    visible = page.split("<body", 1)[1]
+    assert "Results" in visible  # written by the page's scripts: they ran
+    assert "Tables and figures of each experiment" in visible
