@@ -1,5 +1,6 @@
 """What the stages pretrain and finetune share: from files to a method, through `fit`, to files."""
 
+import contextlib
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from medmask.models.weights import (
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
+from medmask.train.lease import writer
 from medmask.train.loader import Rows, TrainingData
 from medmask.train.signals import watch_signals
 
@@ -69,7 +71,8 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
     """Train on all ranks; the main one writes the outputs and then removes the checkpoints."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
-    with watch_signals() as stop:
+    is_main = os.environ.get("RANK", "0") == "0"
+    with watch_signals() as stop, writer(work_dir) if is_main else contextlib.nullcontext() as lease:
         classes = io.read_json(files.summary)["classes"]
         sides, digests = read_sides(cfg, files, len(classes))
         start = start_network(cfg, files.init, classes)
@@ -79,12 +82,15 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
             data = TrainingData(sides["train"], sides["val"], reader)
             inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
             checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs))
+            if lease is not None:
+                checkpointer.check = lease.check
             method = build_method(cfg.method, start.network, cfg)
             state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
             if ctx.is_main:
                 write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
                 shutil.copyfile(work_dir / "history.jsonl", files.history)
                 io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
+                checkpointer.check()
                 checkpointer.clear()
             ctx.barrier()
 

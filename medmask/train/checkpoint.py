@@ -2,6 +2,8 @@
 
 import logging
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,35 @@ class Checkpointer:
     Parameters
     ----------
     key : digest of all that determines the result; a checkpoint with another one is refused.
+    check : called before a checkpoint is put in place; raises when this process may not write any more.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, check: Callable[[], None] = lambda: None) -> None:
         self.folder = Path(folder)
         self.key = key
+        self.check = check
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint and drop all but the newest two."""
         path = self.folder / f"checkpoint-{step:09d}.pt"
+        try:
+            self.write(path, state)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into one of its own
+            free = shutil.disk_usage(self.folder).free >> 20
+            raise CheckpointError(
+                f"{path}: cannot be written, {free} MB are free there: {str(error).splitlines()[0]}; the one before is "
+                "kept, and the same command goes on from it"
+            ) from error
+        for old in self.paths()[:-KEPT]:
+            remove(old)
+
+    def write(self, path: Path, state: dict[str, Any]) -> None:
         with io.atomic_path(path) as part:
             torch.save({**state, "key": self.key}, part)
             digest = io.file_digest(part)
+            self.check()
             with io.atomic_path(sidecar(path)) as text:  # first: a checkpoint without its digest counts as broken
                 text.write_text(digest + "\n", encoding="utf-8")
-        for old in self.paths()[:-KEPT]:
-            remove(old)
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, or None; a broken one is passed over with a warning."""

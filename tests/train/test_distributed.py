@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from medmask.errors import ConfigError, LaunchError
-from medmask.launch import free_port
+from medmask.launch.local import free_port
 from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
 from tests.toy import is_same, tiny_network
