@@ -125,16 +125,16 @@ def estimate_columns(found: Estimate | None, name: str, prefix: str) -> dict[str
 def constant_lines(cells: Sequence[Cell], measure: Measure) -> list[tuple[str, dict[str, float]]]:
     """Lines of the constant predictor and the stratified guess by column: a pair for each set of test images."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    where = {cell.split_key: f" ({cell.fields['dataset']}, {cell.fields['split']})" for cell in cells}
+    where = {cell.judged_on: f" ({cell.fields['dataset']}, {cell.fields['split']})" for cell in cells}
     for cell in cells:
         for run in cell.finished:
             constants = (run.metrics or {})["constants"].get(measure.test_set, {})
             for kind in CONSTANTS:
                 value = constants.get(kind, {}).get(measure.metric)
                 if value is not None:
-                    found.setdefault((cell.split_key, kind), {})[cell.column] = value
-    several = len({split for split, _ in found}) > 1
-    return [(CONSTANTS[kind] + (where[split] if several else ""), by) for (split, kind), by in found.items()]
+                    found.setdefault((cell.judged_on, kind), {})[cell.column] = value
+    several = len({images for images, _ in found}) > 1
+    return [(CONSTANTS[kind] + (where[images] if several else ""), by) for (images, kind), by in found.items()]
 
 
 @dataclass(frozen=True)
