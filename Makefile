@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflow/rules/*.smk)
 
-.PHONY: setup demo test check bench schema clean lock
+.PHONY: setup demo test test-slurm check bench schema clean lock
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,12 @@ demo: setup
 	@echo "  snakemake --profile profiles/local --configfile config/papers/noisy_labels_small.yaml"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+# On a cluster of its own, which is left up (tests/slurm/cluster.sh down ends it); skipped where there can be none
+test-slurm: setup
+	@tests/slurm/cluster.sh up || test $$? = 3
+	$(BIN)/python -m pytest tests/slurm
 
 check: setup
 	$(BIN)/ruff check .

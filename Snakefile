@@ -12,6 +12,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/needs.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
@@ -30,11 +31,16 @@ rule all:
     default_target: True
     input:
         expand("results/{experiment}/summary.csv", experiment=EXPERIMENTS),
+        # Snakemake would not ask for these where an older table stands
+        [experiment_runs(experiment) for experiment in EXPERIMENTS],
+        [path for experiment in EXPERIMENTS for path in evaluations(experiment)],
 
 
 onsuccess:
-    finish(complete=True)
+    for experiment in EXPERIMENTS:
+        finish_experiment(experiment)
 
 
 onerror:
-    finish(complete=False)
+    for experiment in EXPERIMENTS:
+        show_partial(experiment)

@@ -41,6 +41,7 @@ def make_artifact(
     inputs: dict[str, Artifact],
     seed: int | None = None,
     ignore: frozenset[str] = frozenset(),
+    code: str | None = None,
     **more: Any,
 ) -> Artifact:
     """Settings, digest and key of one artifact.
@@ -49,7 +50,7 @@ def make_artifact(
     ----------
     name : readable part of the key, made of settings and never of block names.
     seed : None for a stage that draws nothing.
-    ignore : further settings that do not change the result.
+    ignore : further settings that do not change the result. code : a user's own code that makes the result.
     """
     settings = block.model_dump(mode="json", exclude_defaults=True, exclude={"mode", "data", "after", "teacher"})
     if "needs" in type(block).model_fields:
@@ -64,7 +65,7 @@ def make_artifact(
         "settings": {key: value for key, value in settings.items() if key not in NOT_IN_DIGEST | ignore},
         "inputs": {role: artifact.digest for role, artifact in inputs.items()},
     }
-    digest = io.digest(content)
+    digest = io.digest(content | ({"code": code} if code else {}))
     return Artifact(stage, f"{name}-{digest[:12]}", digest, settings, inputs, **more)
 
 

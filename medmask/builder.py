@@ -1,6 +1,8 @@
 """A cell at a seed becomes artifacts. Imports no torch and no numpy."""
 
+import ast
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
@@ -40,7 +42,7 @@ class Builder:
         evaluate = self.make(
             "evaluate",
             evaluation,
-            name=network.key.rsplit("-", 1)[0].replace("_ddp", ""),
+            name=network.key.rsplit("-", 1)[0],
             inputs={"data": data["data"], "split": data["split"], "model": network},
         )
         evaluate.settings.pop("metrics", None)
@@ -66,7 +68,8 @@ class Builder:
                 for field in ("dataset", "split", "noise")
             )
             source = readable(dataset.reader.rsplit(":", 1)[-1])
-            data = self.make("data", dataset, name=f"{source}_data", inputs={})
+            code = reader_code(dataset.reader, f"datasets.{cell.dataset}") if ".py:" in dataset.reader else None
+            data = self.make("data", dataset, name=f"{source}_data", inputs={}, code=code)
             sides = self.make("split", split, name=f"{source}_{split.kind}", inputs={"data": data})
             flips = noise.kind != "none"
             name = f"{source}_{noise.kind}" + (f"{noise.rate:g}" if flips else "")
@@ -115,6 +118,10 @@ class Builder:
             raise ConfigError(f"{where}.backbone: a needed key is missing: {cell.where()} starts from no weights")
         if init is not None and block.backbone not in (None, init.backbone):
             raise ConfigError(f"{where}.backbone: {block.backbone} contradicts the starting weights, {init.backbone}")
+        if init is None and block.freeze != "none":
+            raise ConfigError(
+                f"{where}.freeze: {block.freeze} would keep random weights: {cell.where()} starts from none"
+            )
         if (teacher := getattr(block, "teacher", None)) is not None:
             inputs["teacher"] = self.network(self.resolve(cell, teacher, "finetune"), seed, path)
         if block.masks is not None:
@@ -126,7 +133,7 @@ class Builder:
     def masks(self, name: str, cell: Cell, seed: int, model: Artifact) -> Artifact:
         block = self.blocks.block("mask", name, cell.changes("mask"), cell.where())
         inputs = {**{role: a for role, a in self.data(cell, seed).items() if role != "noise"}, "model": model}
-        return self.make("mask", block, name=model.key.rsplit("-", 1)[0].replace("_ddp", ""), inputs=inputs)
+        return self.make("mask", block, name=model.key.rsplit("-", 1)[0], inputs=inputs)
 
     def training(self, stage: str, block: Training, cell: Cell, seed: int, models: dict[str, Artifact]) -> Artifact:
         """A pretraining or finetuning on the run's data or on the block's own."""
@@ -141,7 +148,7 @@ class Builder:
         return self.make(
             stage,
             block,
-            name=f"{data['data'].key.split('_')[0]}_{readable(block.method)}" + ("_ddp" if block.ranks > 1 else ""),  # type: ignore[attr-defined]
+            name=f"{data['data'].key.split('_')[0]}_{readable(block.method)}",  # type: ignore[attr-defined]
             inputs={**data, **models},
             seed=self.seed(cell, stage, seed),
             ignore=frozenset(ignore),
@@ -197,3 +204,14 @@ def extended(path: tuple, step: tuple, cell: Cell) -> tuple:
         names = " -> ".join(str(run if rows else finetune) for run, _, finetune, _ in way)
         raise ConfigError(f"{cell.where()}: its sources go in a circle: {names}")
     return (*path, step)
+
+
+def reader_code(reader: str, where: str) -> str:
+    """What a user's reader file says, without its comments and layout, so that only a real change makes a new key."""
+    path = Path(reader.rsplit(":", 1)[0])
+    try:
+        return ast.dump(ast.parse(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{where}.reader: cannot read {path} from {Path.cwd()}: {error.strerror}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{where}.reader: {path}:{error.lineno}: not Python: {error.msg}") from error

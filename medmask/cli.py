@@ -35,6 +35,7 @@ STAGES = {
 COMMANDS = {
     "plan": "show which runs are new, which are done, and what each job asks for",
     "schema": "write the JSON schema of the config and the key tables of config/README.md",
+    "doctor": "check a Slurm site, and the profile that describes it, before the first submission",
 }
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medmask.config.experiments import Experiment, Row
+from medmask.config.experiments import Experiment
 from medmask.config.load import SECTIONS
 from medmask.config.training import Source
-from medmask.errors import ConfigError, lookup, suggest
+from medmask.errors import ConfigError, suggest
 
 FIELDS = ("dataset", "split", "noise", "pretrain", "finetune", "evaluate")
 DEFAULTS = {"noise": "none", "pretrain": "none", "evaluate": "default"}
@@ -48,13 +48,14 @@ class Cell:
 
 def cells(name: str, experiment: Experiment, only: str | None = None) -> Iterator[Cell]:
     """All cells of an experiment, or of one of its rows: the product of the axes without the excluded ones."""
-    for row_name, row in experiment.runs.items():
+    for row_name in experiment.runs:
         if only in (None, row_name):
-            yield from row_cells(name, experiment, row_name, row)
+            yield from row_cells(name, experiment, row_name)
 
 
-def row_cells(name: str, experiment: Experiment, row_name: str, row: Row) -> Iterator[Cell]:
-    where = f"experiments.{name}.runs.{row_name}"
+def row_axes(name: str, experiment: Experiment, row_name: str) -> dict[str, tuple]:
+    """Field or path of a row to its choices, the experiment's where the row names none."""
+    row, where = experiment.runs[row_name], f"experiments.{name}.runs.{row_name}"
     axes: dict[str, tuple] = {}
     for field in FIELDS:
         value = next((v for v in (getattr(row, field), getattr(experiment, field)) if v is not None), None)
@@ -62,22 +63,24 @@ def row_cells(name: str, experiment: Experiment, row_name: str, row: Row) -> Ite
         if value is None:
             raise ConfigError(f"{where}.{field}: a needed key is missing, here and in the experiment")
         axes[field] = value if isinstance(value, tuple) else (value,)
-    changes = {**experiment.set, **row.set}
-    for path, value in changes.items():
+    for path, value in {**experiment.set, **row.set}.items():
         if path.split(".")[0] not in SECTIONS or "." not in path:
             raise ConfigError(f"{where}.set: need stage.key, got {path!r}; {suggest(path.split('.')[0], SECTIONS)}")
         axes[path] = tuple(value) if isinstance(value, list) else (value,)
     for axis, choices in axes.items():
         if not choices:
             raise ConfigError(f"{where}.{axis}: an empty list leaves no run")
-    varied = [path for path in changes if len(axes[path]) > 1]
-    excluded = [*experiment.exclude, *row.exclude]
-    for rule in excluded:
-        for key in rule:
-            lookup(axes, key, f"{where}.exclude")
+    return axes
+
+
+def row_cells(name: str, experiment: Experiment, row_name: str) -> Iterator[Cell]:
+    axes = row_axes(name, experiment, row_name)
+    excluded = [*experiment.exclude, *experiment.runs[row_name].exclude]
+    paths = [axis for axis in axes if axis not in FIELDS]
+    varied = [path for path in paths if len(axes[path]) > 1]
     for choice in itertools.product(*axes.values()):
         chosen = dict(zip(axes, choice, strict=True))
-        if any(all(chosen[key] == value for key, value in rule.items()) for rule in excluded):
+        if any(all(key in chosen and chosen[key] == value for key, value in rule.items()) for rule in excluded):
             continue
         changed = ",".join(f"{path.rsplit('.', 1)[-1]}={chosen[path]}" for path in varied)
         yield Cell(
@@ -85,5 +88,5 @@ def row_cells(name: str, experiment: Experiment, row_name: str, row: Row) -> Ite
             row_name,
             f"{row_name}[{changed}]" if changed else row_name,
             **{field: chosen[field] for field in FIELDS},
-            set=tuple((path, chosen[path]) for path in changes),
+            set=tuple((path, chosen[path]) for path in paths),
         )

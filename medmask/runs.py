@@ -8,10 +8,10 @@ from typing import Any
 from medmask import io
 from medmask.artifacts import VERSIONS, Artifact
 from medmask.builder import Builder, Run
+from medmask.checks import check_experiment
 from medmask.config.base import PLANNED_METHODS
-from medmask.config.experiments import Experiment
 from medmask.config.load import Blocks
-from medmask.errors import ConfigError, lookup
+from medmask.errors import ConfigError
 from medmask.grid import FIELDS, cells
 
 
@@ -73,14 +73,11 @@ def make_plan(blocks: Blocks) -> Plan:
     ConfigError : an unknown block or row, a cycle, a contradiction between blocks, or training on test images.
     """
     builder = Builder(blocks)
-    runs = {
-        name: [builder.run(cell, seed) for cell in cells(name, experiment) for seed in experiment.seeds]
-        for name, experiment in blocks.config.experiments.items()
-    }
+    runs = {}
     for name, experiment in blocks.config.experiments.items():
-        check_names(name, experiment)
-        if not runs[name]:
-            raise ConfigError(f"experiments.{name}.exclude: leaves no run")
+        chosen = list(cells(name, experiment))
+        check_experiment(name, experiment, chosen, blocks)
+        runs[name] = [builder.run(cell, seed) for cell in chosen for seed in experiment.seeds]
     artifacts: dict[str, dict[str, Artifact]] = {stage: {} for stage in VERSIONS if stage != "runs"}
     for run in itertools.chain.from_iterable(runs.values()):
         for artifact in run.artifacts.values():
@@ -96,16 +93,6 @@ def collect(artifact: Artifact, found: dict[str, dict[str, Artifact]]) -> None:
             collect(upstream, found)
     elif known.digest != artifact.digest:
         raise ConfigError(f"{artifact.folder}: two different settings share this key; change either a little")
-
-
-def check_names(name: str, experiment: Experiment) -> None:
-    """Rows named by reference, published and claim must exist."""
-    named = [("reference", experiment.reference)] if experiment.reference else []
-    named += [(f"published[{i}].run", number.run) for i, number in enumerate(experiment.published)]
-    if experiment.claim:
-        named += [("claim.contrast", row) for row in experiment.claim.contrast]
-    for key, row in named:
-        lookup(experiment.runs, row, f"experiments.{name}.{key}")
 
 
 def refuse_unavailable(plan: Plan) -> None:

@@ -111,6 +111,50 @@ BAD = {
         {"default": {"metrics": ["acc"]}},
         "evaluations.default.metrics.0: need 'accuracy'",
     ),
+    "seed twice": ("experiments/e/seeds", [0, 0], "experiments.e: seeds: need different ones, got [0, 0]"),
+    "test set of no split": (
+        "evaluations",
+        {"default": {"test_sets": ["tset"]}},
+        "evaluations.default.test_sets: split holdout has no test set 'tset'; did you mean 'test'?",
+    ),
+    "table of no test set": (
+        "experiments/e/table",
+        {"test_set": "raw"},
+        "experiments.e.table.test_set: unknown name 'raw'; choices: test",
+    ),
+    "table of no field": (
+        "experiments/e/table",
+        {"columns": "nois"},
+        "table.columns: unknown name 'nois'; did you mean",
+    ),
+    "published for no field": (
+        "experiments/e/published",
+        [{"run": "scratch", "where": {"nois": "x"}, "value": 1, "source": "x"}],
+        "experiments.e.published[0].where: unknown name 'nois'",
+    ),
+    "published for no cell": (
+        "experiments/e/published",
+        [{"run": "scratch", "where": {"noise": "none"}, "value": 1, "source": "x"}],
+        "experiments.e.published[0].where: {'noise': 'none'} fits no run of scratch",
+    ),
+    "claim with itself": ("experiments/e/claim", {"contrast": ["scratch", "scratch"]}, "scratch with itself"),
+    "claim about no cell": (
+        "experiments/e/claim",
+        {"contrast": ["scratch", "started"], "against": {"noise": "none"}},
+        "experiments.e.claim.where: {'noise': 'none'} fits no run of started",
+    ),
+    "excludes nothing": (
+        "experiments/e/exclude",
+        [{"noise": "none"}],
+        "experiments.e.exclude: {'noise': 'none'} fits no",
+    ),
+    "too many parts": ("finetunings/plain/accumulate", 20, "accumulate: 20 parts of 32 images"),
+    "size of small_cnn": ("finetunings/plain/image", {"size": 32}, "image.size: small_cnn needs 28, got 32"),
+    "random weights kept": (
+        "finetunings/plain/freeze",
+        "all",
+        "finetunings.plain.freeze: all would keep random weights",
+    ),
     "ranks over batch": ("pretrainings/base/ranks", 64, "32 images cannot be shared by 64 ranks"),
     "unknown run": (
         "experiments/e/runs/scratch/pretrain",

@@ -13,19 +13,33 @@ LAYERS = [  # what stands in a line may import from the lines above it, and with
     {"errors"},
     {"io"},
     {"config"},
-    {"artifacts", "grid", "builder"},
+    {"artifacts", "grid", "builder", "checks"},
     {"runs", "data", "models", "evaluation", "saliency"},
     {"methods"},
     {"train"},
     {"stages"},
-    {"plan", "schema"},
+    {"plan", "schema", "site"},
+    {"doctor"},
     {"cli", "__main__"},
     {"launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = [{"data", "models"}, {"runs", "data"}, {"runs", "models"}, {"evaluation", "data"}, {"evaluation", "models"}]
 ALLOWED_PAIRS = {("evaluation.predict", "data"), ("evaluation.predict", "models")}
-NUMBERLESS = ("errors", "io", "artifacts", "grid", "builder", "runs", "plan", "schema", "cli")
+NUMBERLESS = (
+    "errors",
+    "io",
+    "artifacts",
+    "grid",
+    "builder",
+    "checks",
+    "runs",
+    "plan",
+    "schema",
+    "site",
+    "doctor",
+    "cli",
+)
 LAZY = {"torchvision", "timm", "matplotlib", "seaborn", "tensorboard"}
 
 

@@ -101,9 +101,28 @@ def test_ranks_matter_only_without_sync_bn():
     assert digests(2, False) != digests(8, False)
 
 
-def test_more_ranks_show_in_the_key():
-    (key, _) = plan_of(put(small(), "pretrainings/base/ranks", 2)).artifacts["pretrain"]
-    assert key.startswith("digits_supervised_ddp_s0-")
+def test_more_ranks_change_no_key_at_all():
+    more = put(small(), "pretrainings/base/ranks", 2)
+    assert keys(plan_of(more)) == keys(plan_of(small()))
+
+
+READER = "def read(folder):\n    return 1\n"
+
+
+def test_a_reader_of_ones_own_counts_by_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = put(small(), "datasets/digits/reader", "mine.py:read")
+    with pytest.raises(ConfigError, match=r"datasets.digits.reader: cannot read mine.py"):
+        plan_of(raw)
+
+    def data_keys(text):
+        Path("mine.py").write_text(text)
+        return list(plan_of(raw).artifacts["data"])
+
+    assert data_keys(READER) == data_keys("# a comment\n\n" + READER)
+    assert data_keys(READER) != data_keys(READER.replace("1", "2"))
+    with pytest.raises(ConfigError, match=r"mine.py:1: not Python"):
+        data_keys("def (")
 
 
 def test_seed_stages_share_what_does_not_follow_the_seeds():
@@ -172,7 +191,7 @@ def test_a_config_with_the_shapes_of_all_five_papers_plans():
     assert once.inputs["masks"].inputs["model"].stage == "pretrain"
     assert len(plan.artifacts["mask"]) == 6  # maps once per network, whatever the rule and strength
     heated = by_row["noise_mask", "heated"].artifacts["pretrain"]
-    assert "_ddp_" in heated.key
+    assert heated.settings["ranks"] == 8
     with pytest.raises(ConfigError, match="is not in this version"):
         refuse_unavailable(plan)
 

@@ -95,6 +95,12 @@ class Experiment(Row):
     claim: Claim | None = Field(None, description="what is to be decided")
     table: Table = Field(Table(), description="shape of the table")
 
+    @model_validator(mode="after")
+    def seeds_differ(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: need different ones, got {list(self.seeds)}")
+        return self
+
 
 class Config(Block):
     """A whole config file."""

@@ -130,6 +130,10 @@ class Training(Block):
             raise ValueError(
                 f"batch_size: without sync_bn need a multiple of {self.ranks} ranks, got {self.batch_size}"
             )
+        if self.accumulate > 1 and self.batch_size < 2 * self.accumulate * self.ranks:
+            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images leave ranks without any")
+        if self.backbone == "small_cnn" and self.image is not None and self.image.size not in (None, 28):
+            raise ValueError(f"image.size: small_cnn needs 28, got {self.image.size}")
         if self.warmup.epochs >= self.epochs:
             raise ValueError(f"warmup.epochs: {self.warmup.epochs} of {self.epochs} epochs leave nothing after it")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):

@@ -188,6 +188,8 @@ def judge_published(cells: Sequence[Cell], published: Sequence[dict[str, Any]], 
         cell.published = find_published(cell.fields, cell.row, published, measure.metric, measure.test_set)
         if cell.published is not None:
             cell.verdict = verdict(cell.main, cell.published)
+        elif others := [n["metric"] for n in published if n["run"] == cell.row and matches(cell.fields, n["where"])]:
+            cell.verdict = f"published for {', '.join(dict.fromkeys(others))} alone"
 
 
 def verdict(ours: Estimate | None, published: dict[str, Any]) -> str:

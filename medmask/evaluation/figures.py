@@ -131,7 +131,7 @@ def panel_side(n_classes: int) -> float:
 
 @mpl.rc_context(STYLE)
 def confusion_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
-    """Row-normalised confusion matrices with mean counts over seeds, one panel a cell, at most 12."""
+    """Row-normalised confusion matrices with the counts of all seeds together, one panel a cell, at most 12."""
     shown = [cell for cell in cells if any(run.score(measure.selection, measure.test_set) for run in cell.finished)]
     if not shown:
         return message("No run has finished yet")
@@ -139,8 +139,8 @@ def confusion_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
     figure, axes = panels(min(len(shown), MOST_PANELS), panel_side(len(first["per_class"])))
     for ax, cell in zip(axes, shown, strict=False):
         scores = [run.score(measure.selection, measure.test_set) for run in cell.finished]
-        counts = np.mean([score["confusion"] for score in scores if score], axis=0)
-        texts = [[f"{count:.0f}" if count > 0.5 else "" for count in row] for row in counts]
+        counts = np.sum([score["confusion"] for score in scores if score], axis=0)
+        texts = [[f"{count}" if count else "" for count in row] for row in counts]
         names = list(scores[0]["per_class"])
         image = draw_matrix(ax, row_shares(counts), texts, names, wrapped(cell.name, 30))
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")

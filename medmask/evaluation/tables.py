@@ -203,13 +203,18 @@ def comparison_grid(cells: Sequence[Cell], measure: Measure, decimals: int) -> G
     return Grid("Comparison", header, rows)
 
 
+def duration(hours: float) -> str:
+    """Hours, or minutes where there are few."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
 def cost_grid(cells: Sequence[Cell]) -> Grid:
-    header = ["", "epochs", "images seen", "parameters", "process hours", "device", "trusted labels"]
+    header = ["", "epochs", "images seen", "parameters", "process time", "device", "trusted labels"]
     rows = []
     for cell in cells:
         took = mean_cost(cell)
         counts = [f"{took[name]:,.0f}" if name in took else DASH for name in ("epochs", "images_seen", "parameters")]
-        hours = f"{took['hours']:.3g}" if "hours" in took else DASH
+        hours = duration(took["hours"]) if "hours" in took else DASH
         trusted = f"{took['trusted_labels']:.0f}" if "trusted_labels" in took else DASH
         rows.append([cell.name, *counts, hours, took.get("device") or DASH, trusted])
     return Grid("Cost of one run, pretraining included", header, rows)

@@ -71,12 +71,12 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
     """Train on all ranks; the main one writes the outputs and then removes the checkpoints."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
-    is_main = os.environ.get("RANK", "0") == "0"
-    with watch_signals() as stop, writer(work_dir) if is_main else contextlib.nullcontext() as lease:
+    with watch_signals() as stop:
         classes = io.read_json(files.summary)["classes"]
         sides, digests = read_sides(cfg, files, len(classes))
         start = start_network(cfg, files.init, classes)
-        with distributed(cfg.needs.gpu > 0) as ctx:
+        is_main = os.environ.get("RANK", "0") == "0"  # a second writer is refused before the ranks meet
+        with writer(work_dir) if is_main else contextlib.nullcontext() as lease, distributed(cfg.needs.gpu > 0) as ctx:
             check_ranks(cfg, ctx.world)
             reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
             data = TrainingData(sides["train"], sides["val"], reader)

@@ -1,13 +1,16 @@
 """Checkpoints: two kept, checked when read, no code run."""
 
+import errno
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from medmask import io
-from medmask.errors import CheckpointError
+from medmask.errors import CheckpointError, LaunchError
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from tests.toy import settings
 
@@ -92,3 +95,40 @@ def test_fingerprint_leaves_out_how_a_training_is_run(tmp_path):
     assert key(sync_bn=False) != key(sync_bn=False, ranks=2)
     labels.write_text("b")
     assert first != key()
+
+
+def test_a_full_disk_is_said_and_the_older_checkpoint_kept(tmp_path, monkeypatch):
+    checkpoints = Checkpointer(tmp_path, "k")
+    checkpoints.save(1, {"x": torch.ones(3)})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medmask.train.checkpoint.torch.save", full)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-000000002.pt: cannot be written, \d+ MB are free .*No space"
+    ):
+        checkpoints.save(2, {"x": torch.ones(3)})
+    assert [path.name for path in checkpoints.paths()] == ["checkpoint-000000001.pt"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_torch_says_when_it_cannot_write_a_whole_file(tmp_path):
+    """The system's error for a file over the limit of the process, as for a full disk, in a process of its own."""
+    code = (
+        "import resource, signal, torch, pathlib; from medmask.train.checkpoint import Checkpointer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"Checkpointer(pathlib.Path({str(tmp_path)!r}), 'k').save(1, {{'x': torch.ones(9999)}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("medmask.errors.CheckpointError: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_may_not_write_leaves_nothing(tmp_path):
+    def refuse():
+        raise LaunchError("not ours")
+
+    with pytest.raises(LaunchError, match="not ours"):
+        Checkpointer(tmp_path, "k", refuse).save(1, {})
+    assert list(tmp_path.iterdir()) == []

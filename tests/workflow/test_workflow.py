@@ -136,16 +136,30 @@ def test_going_back_trains_nothing(finished):
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_shown_and_blocks_nothing(finished):
+def test_a_failed_cell_is_shown_blocks_nothing_and_is_tried_again(finished):
+    folder = finished.folder / "results" / "tiny"
+    before = (folder / "summary.csv").read_bytes()
     raw = tiny()
-    raw["finetunings"]["broken"] = {**raw["finetunings"]["plain"], "image": {"size": 2}}  # too small for the network
+    raw["finetunings"]["broken"] = {**raw["finetunings"]["plain"], "backbone": "resnet999"}
     raw["experiments"]["tiny"]["runs"]["broken"] = {"finetune": "broken"}
-    done = finished(config=raw)
-    assert done.returncode != 0
-    table = (finished.folder / "results" / "tiny" / "table.md").read_text()
-    assert "failed" in table
-    assert "scratch" in table
+    for _ in range(2):  # an old table does not make the second try look finished
+        done = finished(config=raw)
+        assert done.returncode != 0
+        table = (folder / "partial" / "table.md").read_text()
+        assert "2 of 3 planned runs have finished" in table
+        assert "unknown name 'resnet999'" in table
+        assert (folder / "summary.csv").read_bytes() == before
     assert finished(config=tiny()).returncode == 0
+    assert not (folder / "partial").exists()
+
+
+@pytest.mark.slow
+def test_a_table_of_another_config_is_not_taken_for_this_one(finished, tmp_path):
+    """Copied results come without Snakemake's memory of what made them."""
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    copy = Workflow(tmp_path)
+    changed = put("finetunings/plain/lr", 0.02)(tiny())
+    assert copy.jobs(changed) == {"finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1}
 
 
 # without a finished run -----------------------------------------------------------------------------------------------

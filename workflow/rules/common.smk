@@ -1,5 +1,6 @@
 # Load the config, build the artifacts, and look things up in them. No torch and no numpy: every job parses this.
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,17 +23,25 @@ EXPERIMENTS = list(PLAN.runs)
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
+ANY_KEY = "[A-Za-z0-9._-]+-[0-9a-f]{12}"
+
+
 wildcard_constraints:
-    key="[A-Za-z0-9._-]+-[0-9a-f]{12}",
+    key=ANY_KEY,
     experiment="|".join(EXPERIMENTS),
-
-
-ONE_PROCESS = r"(?:(?!_ddp[_-])[A-Za-z0-9._-])+-[0-9a-f]{12}"
-MANY_PROCESSES = r"[A-Za-z0-9._-]+_ddp[_-][A-Za-z0-9._-]+"
 
 
 def artifact(stage, key):
     return PLAN.artifacts[stage][key]
+
+
+def by_ranks(stage):
+    """Regexes of the keys that one process trains, and of those that several train; the fewer ones are listed."""
+    several = [key for key, made in PLAN.artifacts[stage].items() if made.settings.get("ranks", 1) > 1]
+    single = [key for key in PLAN.artifacts[stage] if key not in set(several)]
+    listed = "|".join(map(re.escape, min(several, single, key=len))) or "(?!)"
+    others = f"(?!(?:{listed})/){ANY_KEY}"
+    return (others, listed) if len(several) <= len(single) else (listed, others)
 
 
 def upstream(stage, role, name):
@@ -43,25 +52,6 @@ def upstream(stage, role, name):
 def settings(stage):
     """Params function: the settings of an artifact as JSON."""
     return lambda wc: io.to_json(artifact(stage, wc.key).settings)
-
-
-def needs(stage):
-    """Resource functions of a stage, from the artifact's settings."""
-
-    def resource(name):
-        return lambda wc: resources_of(stage, artifact(stage, wc.key).settings)[name]
-
-    return {name: resource(name) for name in ("gpu", "mem_mb", "runtime", "ranks")}
-
-
-def cores(stage):
-    return lambda wc: resources_of(stage, artifact(stage, wc.key).settings)["threads"]
-
-
-def reader_file(wc):
-    """The Python file of a user's own reader."""
-    reader = artifact("data", wc.key).settings["reader"]
-    return [reader.rsplit(":", 1)[0]] if ".py:" in reader else []
 
 
 def training_inputs(stage):

@@ -1,6 +1,4 @@
 rule data:
-    input:
-        reader=reader_file,
     output:
         manifest="results/data/{key}/manifest.csv",
         images="results/data/{key}/images.npy",

@@ -41,12 +41,12 @@ rule runs:
 rule aggregate:
     input:
         runs=lambda wc: experiment_runs(wc.experiment),
-        evaluations=evaluations,
+        evaluations=lambda wc: evaluations(wc.experiment),
     output:
         **dict(aggregate_outputs()),
     log:
         "logs/aggregate/{experiment}.log",
     params:
-        arguments=lambda wc: aggregate_arguments(wc.experiment),
+        arguments=lambda wc: aggregate_arguments(wc.experiment, f"results/{wc.experiment}"),
     shell:
         "python -m medmask aggregate {params.arguments} 2>&1 | tee {log:q}"

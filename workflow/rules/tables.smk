@@ -1,3 +1,5 @@
+import shutil
+
 # What belongs to the tables of an experiment, and what is said at the end.
 REPORTED = {  # output of aggregate: its part of the report, and what it is called there
     "table_html": ("Tables", "1 table"),
@@ -35,10 +37,10 @@ def aggregate_outputs():
         yield name, path
 
 
-def aggregate_arguments(experiment):
+def aggregate_arguments(experiment, folder):
     """Flags of `medmask aggregate`: one file in, which lists the runs, and the files out."""
     flags = {"runs": experiment_runs(experiment)}
-    flags |= {name: f"results/{experiment}/{path}" for name, path in AGGREGATE_OUTPUTS.items()}
+    flags |= {name: f"{folder}/{path}" for name, path in AGGREGATE_OUTPUTS.items()}
     text = " ".join(f"--{name.replace('_', '-')} {shlex.quote(path)}" for name, path in flags.items())
     return f"--config '{{}}' {text}"
 
@@ -47,27 +49,39 @@ def experiment_runs(experiment):
     return f"results/runs/{PLAN.experiment_key(experiment)}/runs.json"
 
 
-def evaluations(wc):
+def evaluations(experiment):
     """All evaluations of an experiment's runs, each once."""
-    keys = dict.fromkeys(run.artifacts["evaluate"].key for run in PLAN.runs[wc.experiment])
+    keys = dict.fromkeys(run.artifacts["evaluate"].key for run in PLAN.runs[experiment])
     return [f"results/evaluate/{key}/metrics.json" for key in keys]
 
 
-def finish(complete):
-    """Tables of what is there, and the report; then say where it is."""
+def report_command(experiment, page):
+    """Snakemake's own report of an experiment, from the config as it is now."""
     snapshot = Path(f"work/config-{io.digest(config)[:12]}.json")
     io.write_json(snapshot, config)
-    for experiment in EXPERIMENTS:
-        folder = Path("results", experiment)
-        if not complete and Path(experiment_runs(experiment)).exists():
-            arguments = aggregate_arguments(experiment)
-            shell("python -m medmask aggregate {arguments} || true")
-        page, table = folder / "report.html", folder / "summary.csv"
-        if not table.exists():
-            continue
-        if complete and not (page.exists() and page.stat().st_mtime > table.stat().st_mtime):
-            shell(
-                "python -m snakemake --snakefile {workflow.main_snakefile} --report {page} --configfile {snapshot} --cores 1 --nolock --quiet all"
-                " -- {table} >/dev/null || echo 'medmask: no report for {experiment}' >&2"
-            )
-        print(f"medmask: {experiment}: table {folder}/table.md" + (f", report {page}" if page.exists() else ""))
+    words = ["python", "-m", "snakemake", "--snakefile", workflow.main_snakefile, "--report", page]
+    words += ["--configfile", snapshot, "--cores", 1, "--nolock", "--quiet", "all", "--"]
+    words += [f"results/{experiment}/summary.csv"]
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def finish_experiment(experiment):
+    """Write the report of an experiment whose table is new."""
+    folder = Path("results", experiment)
+    page, table = folder / "report.html", folder / "summary.csv"
+    if not table.exists():
+        return
+    shutil.rmtree(folder / "partial", ignore_errors=True)
+    if not (page.exists() and page.stat().st_mtime > table.stat().st_mtime):
+        command = report_command(experiment, page)
+        shell("{command} >/dev/null || echo 'medmask: no report for {experiment}' >&2")
+    print(f"medmask: {experiment}: table {table.with_name('table.md')}" + f", report {page}" * page.exists())
+
+
+def show_partial(experiment):
+    """Tables of what has finished, apart from those of a whole run, which they would make look up to date."""
+    if Path(experiment_runs(experiment)).exists():
+        folder = f"results/{experiment}/partial"
+        arguments = aggregate_arguments(experiment, folder)
+        shell("python -m medmask aggregate {arguments} || true")
+        print(f"medmask: {experiment}: not complete; what has finished, and why the rest has not: {folder}/table.md")

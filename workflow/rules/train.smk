@@ -1,4 +1,5 @@
-# One process is a job of its own; more are started by the launcher, from here. The key says which: `_ddp`.
+# One process is a job of its own; more are started by the launcher, from here. The launcher
+# submits again what a cluster ended, so these rules are not retried.
 
 
 rule pretrain:
@@ -12,7 +13,7 @@ rule pretrain:
     log:
         "logs/pretrain/{key}.log",
     wildcard_constraints:
-        key=ONE_PROCESS,
+        key=by_ranks("pretrain")[0],
     threads: cores("pretrain")
     resources:
         **needs("pretrain"),
@@ -36,8 +37,9 @@ rule pretrain_ddp:
     log:
         "logs/pretrain/{key}.log",
     wildcard_constraints:
-        key=MANY_PROCESSES,
-    threads: cores("pretrain")
+        key=by_ranks("pretrain")[1],
+    retries: 0
+    threads: launcher_cores("pretrain")
     resources:
         **needs("pretrain"),
         ddp_jobs=1,
@@ -45,9 +47,9 @@ rule pretrain_ddp:
         config=settings("pretrain"),
         files=training_flags,
         work="work/{key}",
-        cluster=lambda wc, resources: resources.get("cluster", "local"),
+        launch=launch_flags("pretrain"),
     shell:
-        "python -m medmask.launch --cluster {params.cluster:q} --ranks {resources.ranks} --work-dir {params.work:q} --"
+        "python -m medmask.launch {params.launch} --work-dir {params.work:q} --"
         " pretrain --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
         " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
 
@@ -63,7 +65,7 @@ rule finetune:
     log:
         "logs/finetune/{key}.log",
     wildcard_constraints:
-        key=ONE_PROCESS,
+        key=by_ranks("finetune")[0],
     threads: cores("finetune")
     resources:
         **needs("finetune"),
@@ -87,8 +89,9 @@ rule finetune_ddp:
     log:
         "logs/finetune/{key}.log",
     wildcard_constraints:
-        key=MANY_PROCESSES,
-    threads: cores("finetune")
+        key=by_ranks("finetune")[1],
+    retries: 0
+    threads: launcher_cores("finetune")
     resources:
         **needs("finetune"),
         ddp_jobs=1,
@@ -96,8 +99,8 @@ rule finetune_ddp:
         config=settings("finetune"),
         files=training_flags,
         work="work/{key}",
-        cluster=lambda wc, resources: resources.get("cluster", "local"),
+        launch=launch_flags("finetune"),
     shell:
-        "python -m medmask.launch --cluster {params.cluster:q} --ranks {resources.ranks} --work-dir {params.work:q} --"
+        "python -m medmask.launch {params.launch} --work-dir {params.work:q} --"
         " finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
         " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
