@@ -134,6 +134,8 @@ def run_stage(args: argparse.Namespace) -> None:
         stage.run(settings, **inputs, **more, **parts)
         if is_main_rank():
             io.write_json(next(iter(targets.values())).with_name("config.json"), record)
+    if getattr(stage, "TRAINS", False) and is_main_rank():
+        stage.tidy(args.work_dir)  # not before the outputs stand: a kill in between would cost the whole training
 
 
 def parse_settings(text: str, model: Any, where: str) -> Any:

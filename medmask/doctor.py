@@ -29,7 +29,6 @@ from medmask.site import (
     min_job_age,
     read_partitions,
     read_profile,
-    sacct_answer,
     user_accounts,
     write_profile,
 )
@@ -102,21 +101,23 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
 
 
 def check_states(profile: Profile) -> Finding:
-    """Where the states of jobs can be read, and whether the executor plugin looks there."""
-    sacct, squeue = sacct_answer(), call("squeue", "--noheader", "--me")
-    if sacct.is_ok:
-        return Finding(True, "sacct answers")
-    if not squeue.is_ok:
+    """Where the executor plugin reads the states of jobs, and whether it finds them there."""
+    sacct = call("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
+    squeue = call("squeue", "--noheader", "--me")
+    if not (sacct.is_ok or squeue.is_ok):
         return Finding(
             False, f"sacct: {sacct.text}; squeue: {squeue.text}", "ask the site which of them users may call"
         )
-    text = f"squeue answers, sacct does not: {sacct.text}"
+    text = "sacct and squeue answer"
+    if not sacct.is_ok:
+        text = f"squeue answers, sacct does not ({sacct.text}): there will be no efficiency report"
     if profile.options.get("slurm-status-command") != "squeue":
-        return Finding(False, text, f"`slurm-status-command: squeue` in {profile.path}; else Snakemake waits for ever")
+        remedy = f"`slurm-status-command: squeue` in {profile.path}; else Snakemake waits for ever"
+        return Finding(sacct.is_ok, text, remedy)
     age, first = min_job_age(), profile.options.get("slurm-init-seconds-before-status-checks", 40)
     if age is not None and age < 3 * first:  # with less the plugin asks sacct after all
         remedy = f"`slurm-init-seconds-before-status-checks: {max(1, age // 3)}` in {profile.path}"
-        return Finding(False, f"{text}; and squeue forgets a job after {age} s", remedy)
+        return Finding(False, f"squeue forgets a job {age} s after its end, which is too early", remedy)
     return Finding(True, text)
 
 

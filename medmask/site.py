@@ -95,10 +95,6 @@ def to_minutes(limit: str) -> int | None:
     return int(days or 0) * 24 * 60 + hours * 60 + minutes
 
 
-def sacct_answer() -> Answer:
-    return call("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
-
-
 def min_job_age() -> int | None:
     """Seconds that squeue knows of a job after its end."""
     found = re.search(r"MinJobAge\s*=\s*(\d+)", call("scontrol", "show", "config").text)
@@ -142,8 +138,8 @@ def unquoted(resources: dict[str, Any]) -> dict[str, Any]:
 def write_profile(path: Path, partitions: dict[str, Partition]) -> str:
     """Put what the site answers into a profile, and leave the rest of it as it is.
 
-    That is the default partition, one with GPUs, the user's account, and squeue where sacct does not answer. Returns
-    what was written; ConfigError when the profile has no line for one of them.
+    That is the default partition, one with GPUs, and the user's account. Returns what was written; ConfigError when the
+    profile has no line for one of them.
     """
     up = [part for part in partitions.values() if part.is_up] or list(partitions.values())
     cpu = min(up, key=lambda part: (not part.is_default, part.gpus > 0))
@@ -153,7 +149,6 @@ def write_profile(path: Path, partitions: dict[str, Partition]) -> str:
         "- slurm_partition=": f"'{cpu.name}'",
         "- gpu_partition=": f"'{gpu.name}'",
         "- slurm_account=": f"'{accounts[0]}'" if accounts else None,
-        "slurm-status-command: ": None if sacct_answer().is_ok else "squeue",
     }
     try:
         text = path.read_text(encoding="utf-8")

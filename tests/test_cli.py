@@ -18,7 +18,8 @@ def stage(monkeypatch):
     """A stage in memory; set `.run` to what it is to do."""
     module = ModuleType("stage")
     module.CONFIG, module.INPUTS, module.OPTIONAL, module.OUTPUTS = Noise, ("split",), ("extra",), ("labels", "summary")
-    module.TRAINS = True
+    module.TRAINS, module.tidied = True, []
+    module.tidy = lambda work_dir: module.tidied.append((work_dir, names(work_dir.parent / "out")))
     monkeypatch.setattr(cli, "stage_module", lambda name: module)
     return module
 
@@ -43,6 +44,7 @@ def test_done_is_0_and_says_what_made_the_outputs(stage, tmp_path):
     stage.run = write_both
     assert call(tmp_path) == 0
     assert names(tmp_path / "out") == ["config.json", "labels", "summary"]
+    assert stage.tidied == [(tmp_path / "work", ["config.json", "labels", "summary"])]  # when the outputs stood
     record = json.loads((tmp_path / "out" / "config.json").read_text())
     assert record["stage"] == "noise"
     assert record["config"]["kind"] == "none"
@@ -74,6 +76,7 @@ def test_failure_leaves_earlier_outputs_and_no_partial_ones(stage, tmp_path, err
         assert call(tmp_path) == {DataError: 2, Stopped: 75}[type(error)]
         assert capsys.readouterr().err.splitlines()[-1].endswith(str(error))
     assert {name: (tmp_path / "out" / name).read_text() for name in names(tmp_path / "out")} == before
+    assert len(stage.tidied) == 1
 
 
 def test_a_refusal_is_kept_for_the_launcher_until_the_next_start(stage, tmp_path):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from medmask.config.data import Dataset
-from medmask.data.pack import SUFFIXES, open_image
-from medmask.data.tables import Source, check_table, path_problem, read_lists, read_rows, read_table, refuse
+from medmask.data.pack import SUFFIXES, load_image
+from medmask.data.tables import Source, check_table, inside, read_lists, read_rows, read_table, refuse
 from medmask.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -61,31 +61,36 @@ def plain(image: str) -> str:
     return image.removesuffix("_downsampled")
 
 
-def read_ground_truth(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+def read_ground_truth(path: Path, problems: list[str] | None = None) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Table `image_id, class_name, where` and the classes; the header, where there is one, names the classes."""
-    rows = read_rows(path)
+    wrong: list[str] = []
+    rows = read_rows(path, wrong)
     classes = CLASSES[: len(rows[0][1]) - 1]
     if rows[0][1][0].lower() == "image":
         classes = tuple(rows.pop(0)[1][1:])
         if len(classes) not in (8, 9) or not set(classes) <= set(CLASSES) or len(set(classes)) < len(classes):
             raise DataError(f"{path}:1: need the columns image,{','.join(CLASSES)}, got image,{','.join(classes)}")
-    found, problems = [], []
+    found = []
     for line, fields in rows:
+        name = CLASSES[0]  # where there is none, so that image and id of the row are looked at all the same
         try:
             if len(fields) != len(classes) + 1:
                 raise ValueError(f"need {len(classes) + 1} columns, got {len(fields)}")
-            found.append((fields[0], classes[one_hot(fields[1:])], f"line {line}"))
+            name = classes[one_hot(fields[1:])]
         except ValueError as error:
-            problems.append(f"line {line}: {error}")
-    refuse(path, problems)
+            wrong.append(f"{path}:{line}: {error}")
+        found.append((fields[0], name, f"{path}:{line}"))
+    refuse(path, wrong, problems)
     return pd.DataFrame(found, columns=["image_id", "class_name", "where"], dtype=str), classes
 
 
-def read_lesions(path: Path) -> dict[str, str]:
+def read_lesions(path: Path, problems: list[str] | None = None) -> dict[str, str]:
     """Plain image name -> lesion, "" where unknown."""
-    table = read_table(path, ("image", "lesion_id"))
+    wrong: list[str] = []
+    table = read_table(path, ("image", "lesion_id"), wrong)
     names = table["image"].map(plain)
-    refuse(path, [f"line {line}: image {names[line]!r} stands twice" for line in names.index[names.duplicated()]])
+    wrong += [f"{path}:{line}: image {names[line]!r} stands twice" for line in names.index[names.duplicated()]]
+    refuse(path, wrong, problems)
     return dict(zip(names, table["lesion_id"], strict=True))
 
 
@@ -94,15 +99,18 @@ def list_known(image_ids: Sequence[str]) -> dict[str, str]:
     return {plain(image): image for image in image_ids}
 
 
-def read_isic_lists(files: dict[str, Path], image_ids: Sequence[str]) -> dict[str, list[str]]:
+def read_isic_lists(
+    files: dict[str, Path], image_ids: Sequence[str], problems: list[str] | None = None
+) -> dict[str, list[str]]:
     """The published lists, each as image ids in its order."""
-    return read_lists(files, list_known(image_ids), lambda fields: plain(parse_row(fields).image))
+    return read_lists(files, list_known(image_ids), lambda fields: plain(parse_row(fields).image), problems)
 
 
 def read_isic2019(root: Path, cfg: Dataset) -> Source:
     """ISIC 2019; the images of one lesion are one group."""
-    labels = root / (cfg.labels or LABELS)
-    table, classes = read_ground_truth(labels)
+    problems: list[str] = []
+    labels = inside(root, cfg.labels or LABELS)
+    table, classes = read_ground_truth(labels, problems)
     images = root / (cfg.images or IMAGES)
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder")
@@ -110,17 +118,14 @@ def read_isic2019(root: Path, cfg: Dataset) -> Source:
         log.warning("%s: no such table, so which images show one lesion is unknown", root / METADATA)
         table["group"] = ""
     else:
-        lesions = read_lesions(root / (cfg.metadata or METADATA))
+        lesions = read_lesions(inside(root, cfg.metadata or METADATA), problems)
         table["group"] = [lesions.get(plain(image), "") for image in table["image_id"]]
     names = {path.stem: path.name for path in images.iterdir() if path.suffix.lower() in SUFFIXES}
     by_plain = {plain(stem): name for stem, name in names.items()}
-    files, problems = [], []
-    for image, where in zip(table["image_id"], table["where"], strict=True):
-        name = names.get(image) or by_plain.get(plain(image), f"{image}.jpg")
-        problem = path_problem(root, (images / name).relative_to(root).as_posix())
-        problems += [f"{where}: {problem}"] if problem else []
-        files.append(images / name)
-    table["path"] = [file.relative_to(root).as_posix() for file in files]
+    files = [names.get(image) or by_plain.get(plain(image), f"{image}.jpg") for image in table["image_id"]]
+    paths = [(images / name).relative_to(root).as_posix() for name in files]
+    table["path"] = paths
     check_table(labels, table, problems)
-    lists = read_isic_lists({name: root / file for name, file in cfg.lists.items()}, list(table["image_id"]))
-    return Source(table, classes, lambda row: open_image(files[row]), lists)
+    lists = {name: inside(root, file) for name, file in cfg.lists.items()}
+    found = read_isic_lists(lists, list(table["image_id"]), problems)
+    return Source(table, classes, lambda row: load_image(root, paths[row]), found, problems=problems)

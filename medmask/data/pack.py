@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from medmask.data.tables import Source, refuse
+from medmask.data.tables import Source, inside, refuse
 from medmask.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ class Packed:
     pixels: Pixels
     sha256: str
     phash: str
+
+
+def load_image(root: Path, relative: str) -> Image.Image:
+    """Decode an image file in the resolved folder `root`; no path or link leads out of it."""
+    return open_image(inside(root, relative))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -118,18 +123,20 @@ def write_pack(source: Source, images: Path, index: Path, resize: int | None) ->
 
     Raises
     ------
-    DataError : lists every image that cannot be read.
+    DataError : lists what is wrong with the source's tables, and every image that cannot be read.
     """
 
     def pack(row: int) -> Packed | str:
         try:
             return pack_image(source.load(row), resize)
         except DataError as error:
-            return str(error)
+            problem = str(error)
         except ValueError as error:
-            return f"{source.table['path'][row]}: {error}"
+            problem = f"{source.table['path'][row]}: {error}"
+        where = source.table["where"][row]
+        return f"{where}: {problem}" if where else problem
 
-    facts, places, problems, offset = [], [], [], 0
+    facts, places, problems, offset = [], [], [*source.problems], 0
     with images.open("wb") as file, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         write_header(file, 0)
@@ -142,7 +149,7 @@ def write_pack(source: Source, images: Path, index: Path, resize: int | None) ->
             facts.append((packed.sha256, width, height, packed.phash))
             places.append((offset, height, width, channels))
             offset += packed.pixels.size
-        refuse("images", problems)
+        refuse("dataset", problems)
         file.seek(0)
         write_header(file, offset)
     np.save(index, np.array(places, dtype=np.int64).reshape(-1, 4))
@@ -199,7 +206,7 @@ class Pack:
         """Map the two files; a DataError when they do not belong together."""
         try:
             pixels, places = np.load(images, mmap_mode="r"), np.load(index)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{images}, {index}: no packed images: {error}") from error
         if places.ndim != 2 or places.shape[1] != 4 or places[:, 1:].prod(axis=1).sum() != pixels.size:
             raise DataError(f"{index}: does not belong to {images}: its sizes do not sum to {pixels.size} bytes")

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import logging
 import math
+import posixpath
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,8 @@ from sklearn.datasets import load_digits
 
 from medmask.config.data import Dataset
 from medmask.data.isic import read_isic2019
-from medmask.data.pack import SUFFIXES, open_image
-from medmask.data.tables import Source, check_table, path_problem, read_lists, read_table, refuse
+from medmask.data.pack import SUFFIXES, load_image
+from medmask.data.tables import Source, check_table, inside, read_lists, read_table, refuse
 from medmask.errors import ConfigError, DataError, suggest
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def read_source(data_root: Path, cfg: Dataset) -> Source:
     if cfg.reader != "digits":  # comes with scikit-learn: needs no data root
         for folder in (data_root, data_root / cfg.folder):
             if not folder.is_dir():
-                raise DataError(f"{folder}: no such data folder")
+                raise DataError(f"{folder.absolute()}: no such data folder; name yours: `--config data_root=...`")
     source = READERS.get(cfg.reader, read_function)((data_root / cfg.folder).resolve(), cfg)
     if cfg.folder:
         source = replace(source, table=source.table.assign(path=f"{cfg.folder.rstrip('/')}/" + source.table["path"]))
@@ -47,34 +48,37 @@ def read_digits(root: Path, cfg: Dataset) -> Source:
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
     ids = [f"digits-{row:04d}" for row in range(len(pixels))]
     table = plain_table(ids, [f"load_digits#{row}" for row in range(len(ids))], digits.target)
-    return Source(table, tuple("0123456789"), lambda row: pixels[row], own_lists(root, cfg, ids))
+    problems: list[str] = []
+    lists = own_lists(root, cfg, ids, problems)
+    return Source(table, tuple("0123456789"), lambda row: pixels[row], lists, problems=problems)
 
 
 def read_mnist(root: Path, cfg: Dataset) -> Source:
     """The four IDX files of MNIST, or of a dataset in its form, gzip or not; lists `train` and `test`."""
-    pixels, tables, lists = [], [], {}
+    pixels, tables, lists, problems = [], [], {}, []
     for side, prefix in (("train", "train"), ("test", "t10k")):
         images_file, images = read_idx(root, f"{prefix}-images-idx3-ubyte", "images")
         labels_file, labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", "labels")
         if len(images) != len(labels):
             raise DataError(f"{images_file}: {len(images)} images, but {labels_file.name} has {len(labels)} labels")
-        refuse(labels_file, [f"item {row}: label {labels[row]} is not in 0..9" for row in np.flatnonzero(labels > 9)])
+        bad = np.flatnonzero(labels > 9)
+        problems += [f"{labels_file}: item {row}: label {labels[row]} is not in 0..9" for row in bad]
         ids = [f"mnist-{side}-{row:05d}" for row in range(len(images))]
         tables.append(plain_table(ids, [f"{images_file.name}#{row}" for row in range(len(ids))], labels))
         pixels += list(images)
         lists[side] = ids
     table = pd.concat(tables, ignore_index=True)
-    check_table(root, table, [])
-    return Source(
-        table, tuple("0123456789"), lambda row: pixels[row], lists | own_lists(root, cfg, list(table["image_id"]))
-    )
+    check_table(root, table, problems)
+    lists |= own_lists(root, cfg, list(table["image_id"]), problems)
+    return Source(table, tuple("0123456789"), lambda row: pixels[row], lists, problems=problems)
 
 
 def read_idx(root: Path, name: str, kind: str) -> tuple[Path, np.ndarray]:
     """One IDX file as uint8 array, (N, H, W) images or (N,) labels; DataError when magic or length are wrong."""
-    path = root / name if (root / name).exists() else root / f"{name}.gz"
-    if problem := path_problem(root, path.name):
-        raise DataError(f"{root}: {problem} (nor {name})")
+    given = [file for file in (name, f"{name}.gz") if (root / file).exists()]
+    if not given:
+        raise DataError(f"{root}: need a file {name} or {name}.gz")
+    path = inside(root, given[0])
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
@@ -98,24 +102,23 @@ def read_folders(root: Path, cfg: Dataset) -> Source:
         others = ", ".join(folder.name for folder in folders if folder not in sides)
         raise DataError(f"{root}: need folders of classes, or only train, val and test; got both ({others})")
     class_folders = [folder for side in sides for folder in visible_folders(side)] if sides else folders
-    found, problems, left_out = [], [], 0
+    found, left_out = [], 0
     for folder in class_folders:
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() not in SUFFIXES or "_mask" in path.stem or path.name.startswith("."):
                 left_out += 1
                 continue
-            relative = path.relative_to(root).as_posix()
-            found.append((relative, folder.name))
-            if problem := path_problem(root, relative):
-                problems.append(problem)
+            found.append((path.relative_to(root).as_posix(), folder.name))
     if left_out:
         log.info("%s: %d masks and other files left out", root, left_out)
     paths = [path for path, _ in found]
     table = plain_table(paths, paths, [name for _, name in found])
+    problems: list[str] = []
     check_table(root, table, problems)
     lists = {side.name: [path for path in paths if path.startswith(f"{side.name}/")] for side in sides}
     classes = tuple(sorted({folder.name for folder in class_folders}))
-    return Source(table, classes, lambda row: open_image(root / paths[row]), lists | own_lists(root, cfg, paths))
+    lists |= own_lists(root, cfg, paths, problems)
+    return Source(table, classes, lambda row: load_image(root, paths[row]), lists, problems=problems)
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -124,9 +127,10 @@ def visible_folders(folder: Path) -> list[Path]:
 
 def read_csv(root: Path, cfg: Dataset) -> Source:
     """A table with `image_path`, `label` or `label_cat`, and maybe `group`, `split` and `image_id`."""
-    table = root / str(cfg.labels)
-    frame = read_table(table, ("image_path",))
-    return frame_source(table, frame, [f"line {line}" for line in frame.index], root, cfg)
+    table = inside(root, str(cfg.labels))
+    problems: list[str] = []
+    frame = read_table(table, (), problems)
+    return frame_source(table, frame, [f"{table}:{line}" for line in frame.index], problems, root, cfg)
 
 
 def read_function(root: Path, cfg: Dataset) -> Source:
@@ -146,39 +150,40 @@ def read_function(root: Path, cfg: Dataset) -> Source:
         frame = function(root)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's code raises is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is the user's to mend
         log.info("traceback of %s", cfg.reader, exc_info=error)
         raise DataError(f"{cfg.reader}: failed: {type(error).__name__}: {error}") from error
     if not isinstance(frame, pd.DataFrame):
         raise DataError(f"{cfg.reader}: need a pandas DataFrame back, got {type(frame).__name__}")
+    if not frame.columns.is_unique:
+        raise DataError(f"{cfg.reader}: a column name stands twice; the columns are {', '.join(map(str, frame))}")
     frame = frame.reset_index(drop=True)
     text = frame.astype("str").mask(frame.isna(), "")
     if "image_path" in text:  # paths made from the folder that the function was given are as good as relative ones
         text["image_path"] = text["image_path"].str.removeprefix(f"{root / (cfg.images or '')}/")
-    return frame_source(cfg.reader, text, [f"row {row}" for row in text.index], root, cfg)
+    return frame_source(cfg.reader, text, [f"{cfg.reader}: row {row}" for row in text.index], [], root, cfg)
 
 
-def frame_source(name: object, frame: pd.DataFrame, where: list[str], root: Path, cfg: Dataset) -> Source:
+def frame_source(
+    name: object, frame: pd.DataFrame, where: list[str], problems: list[str], root: Path, cfg: Dataset
+) -> Source:
     """Check a frame of text columns and turn it into a Source; `where` names its rows in errors."""
-    label = "label" if "label" in frame else "label_cat"
-    missing = [column for column in ("image_path", label) if column not in frame]
-    if missing:
+    label = next((column for column in ("label", "label_cat") if column in frame), None)
+    if label is None or "image_path" not in frame:
+        missing = ["image_path"] * ("image_path" not in frame) + ["label or label_cat"] * (label is None)
         raise DataError(f"{name}: missing column {' and '.join(missing)}; the columns are {', '.join(map(str, frame))}")
-    images = root / (cfg.images or "")
-    paths = list(frame["image_path"])
-    prefix = f"{cfg.images.rstrip('/')}/" if cfg.images else ""
-    table = plain_table(frame.get("image_id", paths), [prefix + path for path in paths], frame[label])
+    paths = [posixpath.join(cfg.images or "", path) for path in frame["image_path"]]
+    table = plain_table(frame.get("image_id", frame["image_path"]), paths, frame[label])
     table["group"] = list(frame.get("group", table["group"]))
     table["where"] = where
-    problems = [path_problem(root, path if path.startswith("/") else prefix + path) for path in paths]
-    check_table(name, table, [f"{place}: {problem}" for place, problem in zip(where, problems, strict=True) if problem])
+    check_table(name, table, problems)
     lists: dict[str, list[str]] = {}
     for image, sides in zip(table["image_id"], frame.get("split", [""] * len(frame)), strict=True):
         for side in filter(None, sides.split(";")):
             lists.setdefault(side, []).append(image)
-    files = [images / path for path in paths]
-    lists |= own_lists(root, cfg, list(table["image_id"]))
-    return Source(table, class_order(table["class_name"]), lambda row: open_image(files[row]), lists, closed=False)
+    lists |= own_lists(root, cfg, list(table["image_id"]), problems)
+    classes = class_order(table["class_name"])
+    return Source(table, classes, lambda row: load_image(root, paths[row]), lists, closed=False, problems=problems)
 
 
 def class_order(names: pd.Series) -> tuple[str, ...]:
@@ -192,15 +197,15 @@ def is_count(text: str) -> bool:
 
 
 def plain_table(image_ids, paths, class_names) -> pd.DataFrame:
-    """A Source's table without groups, whose rows are named by their paths."""
+    """A Source's table without groups, of images that no table lists."""
     table = pd.DataFrame({"image_id": list(image_ids), "path": list(paths), "class_name": list(map(str, class_names))})
-    return table.assign(group="", where=table["path"]).astype("str")
+    return table.assign(group="", where="").astype("str")
 
 
-def own_lists(root: Path, cfg: Dataset, image_ids: list[str]) -> dict[str, list[str]]:
+def own_lists(root: Path, cfg: Dataset, image_ids: list[str], problems: list[str]) -> dict[str, list[str]]:
     """The lists that the settings name: files with one image id a row."""
-    files = {name: root / file for name, file in cfg.lists.items()}
-    return read_lists(files, {image: image for image in image_ids})
+    files = {name: inside(root, file) for name, file in cfg.lists.items()}
+    return read_lists(files, {image: image for image in image_ids}, problems=problems)
 
 
 def choose_classes(source: Source, cfg: Dataset) -> Source:
@@ -221,16 +226,19 @@ def choose_classes(source: Source, cfg: Dataset) -> Source:
     refuse(f"data.{key}", [f"unknown class {old!r}; {suggest(old, source.classes)}" for old in strange])
     table = source.table
     known = table["class_name"].isin(new_name)
-    if not source.closed:
-        strangers = table[~known][["where", "class_name"]].itertuples(index=False)
-        problems = [f"{where}: unknown label {name!r}" for where, name in strangers]
-        refuse(f"labels outside `{key}` ({', '.join(new_name)})", problems)
-    for name, count in table[~known]["class_name"].value_counts().items():
-        log.info("%d images of class %s left out: not in `%s`", count, name, key)
-    table = table[known].assign(class_name=table["class_name"].map(new_name))
+    problems = [*source.problems]
+    if source.closed:
+        for name, count in table[~known]["class_name"].value_counts().items():
+            log.info("%d images of class %s left out: not in `%s`", count, name, key)
+        table = table[known]
+    else:
+        strange_rows = table[~known & (table["class_name"] != "")]  # that a label is empty has been said
+        choices = f"not in `{key}` ({', '.join(new_name)})"
+        problems += [f"{row.where}: unknown label {row.class_name!r}, {choices}" for row in strange_rows.itertuples()]
+    table = table.assign(class_name=[new_name.get(name, name) for name in table["class_name"]])
     kept = set(table["image_id"])
     lists = {name: [image for image in images if image in kept] for name, images in source.lists.items()}
-    return replace(source, table=table, classes=tuple(wanted), lists=lists)
+    return replace(source, table=table, classes=tuple(wanted), lists=lists, problems=problems)
 
 
 READERS: dict[str, Callable[[Path, Dataset], Source]] = {

@@ -1,9 +1,9 @@
 """Tables on disk, and the one frame that every reader returns, checked row by row."""
 
 import csv
-import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 import pandera.pandas as pa
 from PIL import Image
 
-from medmask import io as files
+from medmask import io
 from medmask.errors import DataError, listing
 
 Row = tuple[int, list[str]]  # line number in the file, fields
@@ -62,7 +62,7 @@ def read_rows(path: Path, problems: list[str] | None = None) -> list[Row]:
         raise DataError(f"{path}: cannot read the table: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(StringIO(text, newline=""), strict=True)
     try:
         rows = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
     except csv.Error as error:
@@ -125,26 +125,20 @@ def read_lists(
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The file `relative` in the resolved folder `root`; a DataError when it is missing, or lies elsewhere."""
-    if problem := path_problem(root, relative):
-        raise DataError(f"{root}: {problem}")
-    return root / relative
-
-
-def path_problem(root: Path, relative: str) -> str | None:
-    """Why `relative` is no file inside the resolved folder `root`; None when it is one."""
+    """The file `relative` in the resolved folder `root`; a DataError when it is missing or leads out of it."""
+    path = root / relative
     if not relative:
-        return "no path"
+        raise DataError("no path")
     if Path(relative).is_absolute() or ".." in Path(relative).parts:
-        return f"path outside {root}: {relative}"
+        raise DataError(f"path outside {root}: {relative}")
     try:
-        if not (root / relative).is_file():
-            return f"no such file: {relative}"
-        if not (root / relative).resolve().is_relative_to(root):
-            return f"path outside {root}: {relative} is a link to {(root / relative).resolve()}"
+        if not path.is_file():
+            raise DataError(f"no such file: {path}")
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"path outside {root}: {relative} is a link to {path.resolve()}")
     except (OSError, RuntimeError) as error:
-        return f"cannot read {relative}: {error}"
-    return None
+        raise DataError(f"cannot read {path}: {error}") from error
+    return path
 
 
 def check_table(name: object, table: pd.DataFrame, problems: list[str]) -> None:
@@ -194,11 +188,11 @@ def read_frame(path: Path, needed: Iterable[str]) -> pd.DataFrame:
 
 def read_facts(path: Path, **kinds: type) -> dict[str, Any]:
     """A JSON object that an earlier stage wrote; a DataError when it has not these keys, with values of these kinds."""
-    facts = files.read_json(path)
+    facts = io.read_json(path)
     if not isinstance(facts, dict):
         raise DataError(f"{path}: need an object with the keys {', '.join(kinds)}, got a {type(facts).__name__}")
     wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
-    refuse(path, [f"{name}: need a {kinds[name].__name__}, got {facts.get(name)!r}" for name in wrong])
+    refuse(path, [f"{name}: need {kinds[name].__name__}, got {type(facts.get(name)).__name__}" for name in wrong])
     return facts
 
 
@@ -213,20 +207,13 @@ def read_split(
     n_images : images in the pack, where the rows' positions in it are needed.
     """
     table, facts = read_frame(split, ("image_id", "label", "side", *needed)), read_facts(summary, classes=list)
-    classes = facts["classes"]
     found = table["side"].value_counts().to_dict()
     for side, about in facts.get("sides", {}).items():
         if found.get(side, 0) != about["n"]:
             raise DataError(f"{split}: {found.get(side, 0)} rows on the side {side}, but {summary} counts {about['n']}")
-    limits = {"label": len(classes)} | ({"position": n_images} if n_images is not None else {})
-    problems = [f"{split}:{row + 2}: image {table['image_id'][row]!r} stands twice" for row in repeats(table)]
-    for name, limit in limits.items():
-        bad = table[name][~table[name].between(0, limit - 1)]
-        problems += [f"{split}:{row + 2}: {name} {value} is not in 0..{limit - 1}" for row, value in bad.items()]
+    limits = {"label": len(facts["classes"])} | ({} if n_images is None else {"position": n_images})
+    wrong = {"stands twice": table["image_id"].duplicated()}
+    wrong |= {f"{name} is not in 0..{limit - 1}": ~table[name].between(0, limit - 1) for name, limit in limits.items()}
+    problems = [f"image {image}: {rule}" for rule, rows in wrong.items() for image in table["image_id"][rows]]
     refuse(split, problems)
-    return table, classes
-
-
-def repeats(table: pd.DataFrame) -> Iterable[int]:
-    """Rows whose image has a row above."""
-    return table.index[table["image_id"].duplicated()]
+    return table, facts["classes"]

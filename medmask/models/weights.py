@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medmask import io
+from medmask.config.training import Head, Image
 from medmask.errors import CheckpointError, ConfigError, listing, lookup
 from medmask.models.backbones import HEAD_NAMES, Classifier, build_backbone, width_of
-from medmask.models.heads import build_head
+from medmask.models.heads import build_head, head_settings
 
 SEEN = "seen.sha256"
 NESTED = ("model", "state_dict", "model_state_dict")
@@ -64,9 +65,22 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], ModelSpec, np.ndarray]:
         )
     try:
         spec = ModelSpec(**json.loads(text))
+        check_spec(spec)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its description does not fit this version: {error}") from error
+        fault = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{path}: its description does not fit this version: {fault}") from error
     return state, spec, state.pop(SEEN).numpy()
+
+
+def check_spec(spec: ModelSpec) -> None:
+    """Raise a TypeError or ValueError when no network can be built from a description."""
+    Image.model_validate(spec.image)
+    if "channels" not in spec.image:
+        raise ValueError("image: need `channels`")
+    if len(spec.classes) != spec.n_classes:
+        raise ValueError(f"n_classes: {spec.n_classes}, but {len(spec.classes)} classes are named")
+    if spec.n_classes and (needed := head_settings(Head.model_validate(spec.head))) != spec.head:
+        raise ValueError(f"head: need the keys {', '.join(needed)}, got {', '.join(spec.head)}")
 
 
 def load_classifier(path: Path, n_classes: int | None = None) -> tuple[Classifier, ModelSpec, np.ndarray]:
@@ -83,7 +97,7 @@ def load_classifier(path: Path, n_classes: int | None = None) -> tuple[Classifie
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load all weights of a network; CheckpointError with every name that is missing, left over or misshapen."""
+    """Load all weights of a network, all finite; CheckpointError with every name that does not fit or is not."""
     own = network.state_dict()
     problems = [f"missing: {name} {shape(own[name])}" for name in own if name not in state]
     problems += [f"left over: {name} {shape(state[name])}" for name in state if name not in own]
@@ -94,6 +108,8 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) -
     ]
     if problems:
         raise CheckpointError(f"{where}: weights of another architecture:\n  {listing(problems)}")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{where}: NaN or infinite values in {', '.join(broken[:20])}")
     network.load_state_dict(dict(state))
 
 

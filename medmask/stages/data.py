@@ -26,8 +26,14 @@ def run(cfg: Dataset, *, data_root: Path, manifest: Path, images: Path, index: P
     if cfg.shortcut is not None:
         raise ConfigError("data.shortcut: this version does not draw cues yet")
     source = read_source(data_root, cfg)
-    if source.table.empty:
-        raise DataError(f"{data_root / cfg.folder}: no images of the classes {', '.join(source.classes)}")
+    if source.problems:
+        log.warning(
+            "%d problems in the tables; reading the images too, to name all that is wrong", len(source.problems)
+        )
+    elif len(found := sorted(set(source.table["class_name"]))) < 2:
+        raise DataError(
+            f"{data_root / cfg.folder}: need images of two classes or more, got {' and '.join(found) or 'none'}"
+        )
     log.info("%s: %d images, %d classes", cfg.reader, len(source.table), len(source.classes))
     facts = write_pack(source, images, index, cfg.resize)
     table = source.table.join(facts)

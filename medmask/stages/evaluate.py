@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from medmask import io
 from medmask.config.experiments import Evaluation
 from medmask.config.training import Image
+from medmask.data.pack import Pack
+from medmask.data.tables import read_split
 from medmask.errors import CheckpointError, ConfigError, DataError, suggest
 from medmask.evaluation.collect import read_predictions, test_sample
 from medmask.evaluation.scores import constant_scores, score_test_set
@@ -48,10 +50,8 @@ def run(
     from medmask.evaluation.predict import pick_device, predict_probs
     from medmask.models.weights import load_classifier
 
-    classes: list[str] = io.read_json(summary)["classes"]
-    rows = pd.read_csv(
-        split, dtype={"image_id": str, "group": str, "sha256": str, "test_set": str}, keep_default_na=False
-    )
+    needed = ("position", "group", "sha256", "test_set")
+    rows, classes = read_split(split, summary, needed, len(Pack.open(images, index)))
     test = choose_test_rows(rows, cfg.test_sets, split)
     notes = overlap_notes(rows, test)
     device, epochs, done = pick_device(cfg.needs), {}, {}

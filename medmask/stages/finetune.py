@@ -18,3 +18,10 @@ def run(
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 
     training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]
+
+
+def tidy(work_dir: Path) -> None:
+    """What is left to do once the outputs are in place."""
+    from medmask.stages import training
+
+    training.tidy(work_dir)

@@ -8,7 +8,7 @@ import numpy as np
 from medmask import io
 from medmask.config.data import Noise
 from medmask.data.noise import count_flips, describe_noise, draw_transition, flip_symmetric
-from medmask.data.tables import read_frame
+from medmask.data.tables import read_split
 from medmask.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -17,8 +17,7 @@ CONFIG, INPUTS, OPTIONAL, OUTPUTS = Noise, ("split", "summary"), (), ("labels", 
 
 
 def run(cfg: Noise, *, split: Path, summary: Path, labels: Path, transition: Path, figure: Path) -> None:
-    table = read_frame(split, ("image_id", "label", "side"))
-    classes = io.read_json(summary)["classes"]
+    table, classes = read_split(split, summary, ())
     true = table["label"].to_numpy()
     targets = np.unique(true) if cfg.targets == "occurring" else np.arange(len(classes))
     if cfg.rate > 0 and len(targets) < 2:

@@ -22,3 +22,10 @@ def run(cfg: Pretraining, *, work_dir: Path, checkpoint_min: float, **files: Pat
     if missing:
         raise ConfigError(f"--{', --'.join(missing)}: needed to train with `method: {cfg.method}`")
     training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]
+
+
+def tidy(work_dir: Path) -> None:
+    """What is left to do once the outputs are in place."""
+    from medmask.stages import training
+
+    training.tidy(work_dir)

@@ -6,7 +6,8 @@ from pathlib import Path
 from medmask import io
 from medmask.config.data import Split
 from medmask.data.split import make_split
-from medmask.data.tables import read_frame
+from medmask.data.tables import read_facts, read_frame
+from medmask.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -15,10 +16,13 @@ NEEDED = ("image_id", "label", "class_name", "group", "split_hint", "sha256")
 
 
 def run(cfg: Split, *, manifest: Path, dataset: Path, split: Path, summary: Path) -> None:
-    rows, facts = make_split(read_frame(manifest, NEEDED), io.read_json(dataset), cfg)
-    for side, about in facts["sides"].items():
-        if about["n"]:
-            log.info("%s: %d images of %d groups", side, about["n"], about["groups"])
+    table, about = read_frame(manifest, NEEDED), read_facts(dataset, classes=list, n=int, lists=dict, orders=dict)
+    if len(table) != about["n"]:
+        raise DataError(f"{manifest}: {len(table)} rows, but {dataset} counts {about['n']} images")
+    rows, facts = make_split(table, about, cfg)
+    for side, counts in facts["sides"].items():
+        if counts["n"]:
+            log.info("%s: %d images of %d groups", side, counts["n"], counts["groups"])
     for note in facts["notes"]:
         log.warning(note)
     rows.to_csv(split, index=False, lineterminator="\n")

@@ -16,7 +16,8 @@ from torch import Tensor
 from medmask import io
 from medmask.config.training import Image, Training, Weights
 from medmask.data.images import ImageReader
-from medmask.data.tables import read_frame, refuse
+from medmask.data.pack import Pack
+from medmask.data.tables import read_frame, read_split, refuse
 from medmask.errors import ConfigError, DataError
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
@@ -68,7 +69,7 @@ class Start:
 
 
 def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None:
-    """Train on all ranks; the main one writes the outputs and then removes the checkpoints."""
+    """Train on all ranks; the main one writes the outputs."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
     with watch_signals() as stop:
@@ -91,25 +92,32 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
                 shutil.copyfile(work_dir / "history.jsonl", files.history)
                 io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
                 checkpointer.check()
-                checkpointer.clear()
             ctx.barrier()
+
+
+def tidy(work_dir: Path) -> None:
+    """Remove the checkpoints, once the outputs stand."""
+    Checkpointer(work_dir, "").clear()
 
 
 def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:
     """Training and validation rows with the labels that the settings name, and their pixel digests (n,) int64."""
-    split = read_frame(files.split, ("image_id", "position", "label", "side", "sha256"))
+    split, _ = read_split(files.split, files.summary, ("position", "sha256"), len(Pack.open(files.images, files.index)))
     labels = read_frame(files.labels, ("image_id", "true_label", "noisy_label"))
-    table = split.merge(labels, on="image_id", how="left", validate="one_to_one")
-    refuse(files.labels, [f"no label for image {name}" for name in table["image_id"][table["noisy_label"].isna()]])
+    images = labels["image_id"]
+    problems = [f"image {name} stands twice" for name in images[images.duplicated()]]
+    problems += [f"image {name} is not in {files.split}" for name in images[~images.isin(split["image_id"])]]
+    problems += [f"no label for image {name}" for name in split["image_id"][~split["image_id"].isin(images)]]
+    refuse(files.labels, problems)
+    table = split.merge(labels, on="image_id", validate="one_to_one")  # in the order of `split`
+    bad = ~(table["noisy_label"].between(0, n_classes - 1) & table["true_label"].between(0, n_classes - 1))
+    refuse(files.labels, [f"image {name}: label outside 0..{n_classes - 1}" for name in table["image_id"][bad]])
+    other = table["image_id"][table["true_label"] != table["label"]]
+    refuse(files.labels, [f"image {name}: true_label is not the label in {files.split}" for name in other])
     sides, digests = {}, []
     for side, kind in (("train", cfg.train_labels), ("val", cfg.validation_labels)):
         rows = table[table["side"] == side]
-        numbers = {name: rows[name].astype(np.int64) for name in ("position", "true_label", "noisy_label")}
-        bad = {
-            i for name in ("true_label", "noisy_label") for i in rows.index[~numbers[name].between(0, n_classes - 1)]
-        }
-        refuse(files.labels, [f"image {rows['image_id'][i]}: label outside 0..{n_classes - 1}" for i in sorted(bad)])
-        sides[side] = Rows(*(numbers[name].to_numpy() for name in ("position", f"{kind}_label", "true_label")))
+        sides[side] = Rows(*(rows[name].to_numpy() for name in ("position", f"{kind}_label", "true_label")))
         digests += [int(text[:16], 16) for text in rows["sha256"]]
     if not len(sides["train"]):
         raise DataError(f"{files.split}: no images on the side train")

@@ -46,7 +46,7 @@ def trained(tmp_path_factory, data):
 def test_declared_files_and_no_others(trained, data):
     folder = trained["model"].parent
     assert sorted(p.name for p in folder.iterdir()) == sorted([*OUTPUTS.values(), "work"])
-    assert sorted(p.name for p in (folder / "work").iterdir()) == ["history.jsonl", "tensorboard"]
+    assert {p.name for p in (folder / "work").iterdir()} >= {"history.jsonl", "tensorboard"}
     assert trained["history"].read_text() == (folder / "work" / "history.jsonl").read_text()
     record = json.loads(trained["record"].read_text())
     assert {name: record[name] for name in ("epochs", "steps", "images_seen", "ranks", "device", "notes")} == {
@@ -235,9 +235,10 @@ def test_from_the_command_line(tmp_path, data, capsys):
     flags += ["--work-dir", str(tmp_path / "work")]
     assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+    assert not list((tmp_path / "work").glob("checkpoint-*"))  # they go once the outputs stand
     bad = {**SETTINGS, "image": {"size": 14, "channels": 1}}
     assert cli.main(["finetune", "--config", json.dumps(bad), *flags]) == 2
-    line = "image.size: small_cnn needs 28, got images of 14 x 14 pixels"
+    line = "finetune: image.size: small_cnn needs 28, got 14"
     assert capsys.readouterr().err.splitlines()[-1] == f"medmask finetune: error: {line}"
     assert (tmp_path / "work" / "refused").read_text() == line + "\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
