@@ -64,7 +64,7 @@ BAD = {
     "negative": ("finetunings/plain/lr", -1, "finetunings.plain.lr: need greater than 0, got -1"),
     "not a number": ("finetunings/plain/lr", float("nan"), "finetunings.plain.lr: "),
     "unknown method": ("finetunings/plain/method", "supervized", "did you mean 'supervised'?"),
-    "unknown reader": ("datasets/digits/reader", "digit", "datasets.digits: reader: need one of"),
+    "unknown reader": ("datasets/digits/reader", "digit", "datasets.digits.reader: need one of"),
     "unknown block": ("experiments/e/runs/scratch/finetune", "plane", "did you mean 'plain'?"),
     "unknown split": ("experiments/e/split", "holdoff", "experiments.e.runs.scratch.split: unknown name 'holdoff'"),
     "missing key": (
@@ -111,7 +111,7 @@ BAD = {
         {"default": {"metrics": ["acc"]}},
         "evaluations.default.metrics.0: need 'accuracy'",
     ),
-    "seed twice": ("experiments/e/seeds", [0, 0], "experiments.e: seeds: need different ones, got [0, 0]"),
+    "seed twice": ("experiments/e/seeds", [0, 0], "experiments.e.seeds: need different ones, got [0, 0]"),
     "test set of no split": (
         "evaluations",
         {"default": {"test_sets": ["tset"]}},

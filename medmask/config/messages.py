@@ -1,5 +1,6 @@
 """Turn pydantic's findings into one line each: where, the rule, what came."""
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +24,13 @@ def explain(error: ValidationError, where: str = "") -> str:
         for path, text in lines.items()
         if not any(len(other) > len(path) and other[: len(path)] == path for other in lines)
     }
-    return "\n".join(f"{'.'.join(part for part in (where, *path) if part)}: {text}" for path, text in deepest.items())
+    return "\n".join(line((where, *path), text) for path, text in deepest.items())
+
+
+def line(path: tuple[str, ...], text: str) -> str:
+    """Key and rule; a rule that begins with a key of its own, `rate: need ...`, goes on the path."""
+    key = ".".join(part for part in path if part)
+    return f"{key}.{text}" if re.match(r"[a-z_]+(\.[a-z_]+)*: ", text) and key else f"{key}: {text}".removeprefix(": ")
 
 
 def key_path(loc: tuple, where: str) -> tuple[str, ...]:

@@ -238,7 +238,7 @@ def test_from_the_command_line(tmp_path, data, capsys):
     assert not list((tmp_path / "work").glob("checkpoint-*"))  # they go once the outputs stand
     bad = {**SETTINGS, "image": {"size": 14, "channels": 1}}
     assert cli.main(["finetune", "--config", json.dumps(bad), *flags]) == 2
-    line = "finetune: image.size: small_cnn needs 28, got 14"
+    line = "finetune.image.size: small_cnn needs 28, got 14"
     assert capsys.readouterr().err.splitlines()[-1] == f"medmask finetune: error: {line}"
     assert (tmp_path / "work" / "refused").read_text() == line + "\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
