@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def main(config: Path) -> None:
     paper = config.stem
     experiments = yaml.safe_load(config.read_text())["experiments"]
-    lines = [f"# {paper}", "", "```bash", f"snakemake --profile profiles/local --configfile {config}", "```", ""]
+    lines = [f"# {paper}", "", "```bash", f"snakemake --profile profiles/local --configfile {config} --config data_root=DATA", "```", ""]
     lines += [provenance(list(experiments)), ""]
     notes = HERE / f"{paper}.notes.md"
     lines += [notes.read_text().strip(), ""] if notes.exists() else []
