@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 def main(config: Path) -> None:
     paper = config.stem
     experiments = yaml.safe_load(config.read_text())["experiments"]
-    lines = [f"# {paper}", "", "```bash", f"snakemake --profile profiles/local --configfile {config} --config data_root=DATA", "```", ""]
+    command = f"snakemake --profile profiles/local --configfile {config} --config data_root=DATA"
+    lines = [f"# {paper}", "", "```bash", command, "```", ""]
     lines += [provenance(list(experiments)), ""]
     notes = HERE / f"{paper}.notes.md"
     lines += [notes.read_text().strip(), ""] if notes.exists() else []
