@@ -1,6 +1,7 @@
 """Experiments become runs and keyed artifacts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,12 @@ def test_papers_plan_and_can_run(paper):
     plan = plan_of(yaml.safe_load(paper.read_text()))
     refuse_unavailable(plan)
     assert not any(key.startswith("digits") for key in plan.artifacts["data"])
+
+
+def test_the_config_in_the_readme_plans():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "experiments:" in block]
+    assert len(plan_of(yaml.safe_load(example)).runs["first"]) == 6
 
 
 def test_keys_of_the_papers_are_as_reviewed():
