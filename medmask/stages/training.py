@@ -17,7 +17,7 @@ from medmask import io
 from medmask.config.training import Image, Training, Weights
 from medmask.data.images import ImageReader
 from medmask.data.pack import Pack
-from medmask.data.tables import read_frame, read_split, refuse
+from medmask.data.tables import read_facts, read_frame, read_split, refuse
 from medmask.errors import ConfigError, DataError
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
@@ -73,7 +73,7 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
     with watch_signals() as stop:
-        classes = io.read_json(files.summary)["classes"]
+        classes = read_facts(files.summary, classes=list)["classes"]
         sides, digests = read_sides(cfg, files, len(classes))
         start = start_network(cfg, files.init, classes)
         is_main = os.environ.get("RANK", "0") == "0"  # a second writer is refused before the ranks meet

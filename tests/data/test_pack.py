@@ -104,7 +104,7 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
 
 
 def make_source(images):
-    table = pd.DataFrame({"path": [f"{number}.png" for number in range(len(images))]})
+    table = pd.DataFrame({"path": [f"{number}.png" for number in range(len(images))], "where": ""})
 
     def load(row):
         if isinstance(images[row], Exception):
@@ -171,5 +171,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         )
     with pytest.raises(DataError, match="does not belong to"):
         Pack.open(tmp_path / "a.npy", tmp_path / "bi.npy")
-    with pytest.raises(DataError, match="no packed images"):
-        Pack.open(tmp_path / "gone.npy", tmp_path / "bi.npy")
+    (tmp_path / "empty.npy").touch()
+    for name in ("gone", "empty"):
+        with pytest.raises(DataError, match="no packed images"):
+            Pack.open(tmp_path / f"{name}.npy", tmp_path / "bi.npy")

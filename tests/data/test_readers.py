@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from medmask.config.data import Dataset
+from medmask.data.pack import write_pack
 from medmask.data.readers import READERS, read_source
 from medmask.errors import ConfigError, DataError, MedmaskError
 
@@ -36,7 +37,7 @@ def table(root: Path, *lines: str, **settings) -> Dataset:
 
 def error(root: Path, cfg: Dataset, kind: type[MedmaskError] = DataError) -> str:
     with pytest.raises(kind) as caught:
-        read_source(root, cfg)
+        write_pack(read_source(root, cfg), root / "images.npy", root / "index.npy", None)
     return str(caught.value)
 
 
@@ -89,13 +90,15 @@ def test_mnist(tmp_path, suffix):
 
 def test_mnist_mistakes(tmp_path):
     cfg = Dataset(reader="mnist")
-    assert "no such file: train-images-idx3-ubyte.gz" in error(tmp_path, cfg)
+    assert "need a file train-images-idx3-ubyte or train-images-idx3-ubyte.gz" in error(tmp_path, cfg)
     write_mnist(tmp_path)
     labels = tmp_path / "train-labels-idx1-ubyte"
     write_idx(labels, np.array([1, 2]))
     assert "3 images, but train-labels-idx1-ubyte has 2 labels" in error(tmp_path, cfg)
     write_idx(labels, np.array([1, 12, 11]))
-    assert "item 1: label 12 is not in 0..9\n  item 2: label 11" in error(tmp_path, cfg)
+    message = error(tmp_path, cfg)
+    assert f"{labels}: item 1: label 12 is not in 0..9" in message
+    assert f"{labels}: item 2: label 11 is not in 0..9" in message
     write_idx(labels, np.array([1, 2, 3]), magic=0x803)
     assert "need IDX labels (magic 0x00000801), got 00000803" in error(tmp_path, cfg)
     labels.write_bytes(labels.read_bytes()[:3])
@@ -136,9 +139,11 @@ def test_folders_with_sides_below_a_folder(tmp_path):
 
 def test_missing_places(tmp_path):
     assert "nowhere: no such data folder" in error(tmp_path / "nowhere", Dataset(reader="folders"))
+    message = f"{Path.cwd()}/gone: no such data folder; name yours: `--config data_root=...`"
+    assert message in error(Path("gone"), Dataset(reader="folders"))
     assert "gone: no such data folder" in error(tmp_path, Dataset(reader="folders", folder="gone"))
     assert "no images" in error(tmp_path, Dataset(reader="folders"))
-    assert "none.csv: cannot read the table: No such file" in error(tmp_path, Dataset(reader="csv", labels="none.csv"))
+    assert f"no such file: {tmp_path}/none.csv" in error(tmp_path, Dataset(reader="csv", labels="none.csv"))
 
 
 # isic2019
@@ -172,16 +177,16 @@ def test_isic_mistakes_are_listed_together(tmp_path):
     two = row("ISIC_2", 1).replace("0.0", "1.0", 1)
     cfg = isic(tmp_path, [HEADER, row("ISIC_1", 9), two, row("ISIC_3", 1)[:-4], row("ISIC_4", 2).replace("1.0", "yes")])
     message = error(tmp_path, cfg)
-    assert "labels.csv: 4 problems" in message
-    assert "line 2: need a single 1 among the one-hot columns, got 0" in message
-    assert "line 3: need a single 1 among the one-hot columns, got 2" in message
-    assert "line 4: need 10 columns, got 9" in message
-    assert "line 5: need 0.0 or 1.0 in each one-hot column" in message
+    assert "dataset: 8 problems" in message  # with the four missing images
+    assert "labels.csv:2: need a single 1 among the one-hot columns, got 0" in message
+    assert "labels.csv:3: need a single 1 among the one-hot columns, got 2" in message
+    assert "labels.csv:4: need 10 columns, got 9" in message
+    assert "labels.csv:5: need 0.0 or 1.0 in each one-hot column" in message
 
 
 def test_isic_empty_lines(tmp_path):
     message = error(tmp_path, isic(tmp_path, [HEADER, row("ISIC_1", 1), "", row("ISIC_2", 1), ""]))
-    assert "line 3: empty line\n  line 5: empty line" in message
+    assert f"{tmp_path}/labels.csv:3: empty line\n  {tmp_path}/labels.csv:5: empty line" in message
 
 
 def test_isic_unknown_header_images_and_duplicates(tmp_path):
@@ -189,9 +194,9 @@ def test_isic_unknown_header_images_and_duplicates(tmp_path):
     cfg = isic(tmp_path, [HEADER, row("ISIC_1", 1), row("ISIC_1", 2), row("ISIC_2", 2)])
     write_image(tmp_path / "ISIC_2019_Training_Input/ISIC_1.jpg")
     message = error(tmp_path, cfg)
-    assert "line 4: no such file: ISIC_2019_Training_Input/ISIC_2.jpg" in message
-    assert "line 3: image_id 'ISIC_1': stands twice" in message
-    assert "line 2" not in message
+    assert f"labels.csv:4: no such file: {tmp_path}/ISIC_2019_Training_Input/ISIC_2.jpg" in message
+    assert "labels.csv:3: image_id 'ISIC_1': stands twice" in message
+    assert "labels.csv:2" not in message
 
 
 def test_isic_list_mistakes(tmp_path):
@@ -238,21 +243,21 @@ def test_csv_bad_rows_are_all_listed(tmp_path):
     rows = ["image_path,label", "a.png,x", "a.png,y", "../in/a.png,x", f"{tmp_path}/in/a.png,x", "link.png,x",
             "gone.png,x", "a.png,"]  # fmt: skip
     message = error(tmp_path, table(tmp_path / "in", *rows).model_copy(update={"folder": "in"}))
-    assert "line 3: image_id 'a.png': stands twice" in message
-    assert "line 4: path outside" in message
-    assert "line 5: path outside" in message
-    assert "line 6: path outside" in message
+    assert "table.csv:3: image_id 'a.png': stands twice" in message
+    assert "table.csv:4: path outside" in message
+    assert "table.csv:5: path outside" in message
+    assert "table.csv:6: path outside" in message
     assert "link.png is a link to" in message
-    assert "line 7: no such file: gone.png" in message
-    assert "line 8: class_name '': empty" in message
-    assert "line 2" not in message
+    assert f"table.csv:7: no such file: {tmp_path}/in/gone.png" in message
+    assert "table.csv:8: class_name '': empty" in message
+    assert "table.csv:2" not in message
 
 
 def test_csv_columns(tmp_path):
     assert "missing column image_path" in error(tmp_path, table(tmp_path, "path,label", "a,b"))
-    assert "missing column label" in error(tmp_path, table(tmp_path, "image_path,class", "a,b"))
+    assert "missing column label or label_cat; the" in error(tmp_path, table(tmp_path, "image_path,class", "a,b"))
     assert "a column name stands twice" in error(tmp_path, table(tmp_path, "image_path,label,label", "a,b,c"))
-    assert "line 3: need 2 columns, got 3" in error(tmp_path, table(tmp_path, "image_path,label", "a,b", "a,b,c"))
+    assert "table.csv:3: need 2 columns, got 3" in error(tmp_path, table(tmp_path, "image_path,label", "a,b", "a,b,c"))
     assert "not CSV" in error(tmp_path, table(tmp_path, "image_path,label", 'a,"b'))
     (tmp_path / "table.csv").write_bytes(b"image_path,label\n\xff,a\n")
     assert "not UTF-8 text" in error(tmp_path, Dataset(reader="csv", labels="table.csv"))
@@ -267,6 +272,12 @@ def fails(folder):
     raise KeyError("patient")
 def nothing(folder):
     return [1, 2]
+def stops(folder):
+    raise SystemExit("no table")
+def twice(folder):
+    return pd.DataFrame([["a.png", "x", "y"]], columns=["image_path", "label", "label"])
+def without_rows(folder):
+    return pd.DataFrame({"image_path": [], "label": []})
 def unlabelled(folder):
     return pd.DataFrame({"image_path": ["a.png", "b.png"], "label": ["x", None]})
 """
@@ -291,6 +302,9 @@ def test_function(tmp_path, monkeypatch):
         ("mine.py:fails", DataError, "mine.py:fails: failed: KeyError: 'patient'"),
         ("mine.py:nothing", DataError, "need a pandas DataFrame back, got list"),
         ("mine.py:unlabelled", DataError, "row 1: class_name '': empty"),
+        ("mine.py:stops", DataError, "mine.py:stops: failed: SystemExit: no table"),
+        ("mine.py:twice", DataError, "a column name stands twice; the columns are image_path, label, label"),
+        ("mine.py:without_rows", DataError, "mine.py:without_rows: no images"),
         ("mine.py:absent", ConfigError, "mine.py has no function 'absent'"),
         ("yours.py:read", ConfigError, "no such file: yours.py"),
         ("broken.py:read", DataError, "SyntaxError"),
@@ -333,5 +347,6 @@ def test_unknown_classes(tmp_path):
         write_image(tmp_path / f"{name}.png")
     rows = ["image_path,label", "a.png,cat", "b.png,dgo", "c.png,emu"]
     message = error(tmp_path, table(tmp_path, *rows, classes=["cat", "dog"]))
-    assert "line 3: unknown label 'dgo'\n  line 4: unknown label 'emu'" in message
+    assert "table.csv:3: unknown label 'dgo', not in `classes` (cat, dog)" in message
+    assert "table.csv:4: unknown label 'emu'" in message
     assert "unknown label 'emu'" in error(tmp_path, table(tmp_path, *rows, relabel={"pet": ["cat", "dgo"]}))

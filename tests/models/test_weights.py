@@ -96,6 +96,36 @@ def test_a_backbone_alone_cannot_classify(tmp_path):
         load_classifier(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": {"size": 28}}, "image: need `channels`"),
+        ({"image": {"channels": 2}}, "channels"),
+        ({"head": {"kind": "mlp_bn", "width": 8}}, "width"),
+        ({"head": {"kind": "mlp_bn", "hidden": 8, "ratio": 1.0}}, "head: need the keys kind, hidden, got"),
+        ({"head": {"kind": "mlp_bn"}}, "head: need the keys kind, hidden, got kind"),
+        ({"classes": ["a"]}, "n_classes: 3, but 1 classes are named"),
+    ],
+)
+def test_a_description_that_builds_no_network(tmp_path, change, message):
+    save_model(tmp_path / "m.safetensors", network(), ModelSpec(**{**vars(SPEC), **change}), np.empty(0))
+    with pytest.raises(CheckpointError, match="its description does not fit this version: ") as error:
+        load_classifier(tmp_path / "m.safetensors")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    broken = network()
+    broken.backbone[3].bias.data[2] = value
+    save_model(tmp_path / "m.safetensors", broken, SPEC, np.empty(0))
+    with pytest.raises(CheckpointError, match=r"m.safetensors: NaN or infinite values in backbone\.3\.bias$"):
+        load_classifier(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"w.pt: NaN or infinite values in 3\.bias$"):
+        load_backbone(build_backbone("small_cnn", 1), load_source(tmp_path / "m.safetensors"), "w.pt")
+
+
 @pytest.mark.parametrize("nest", [None, "model", "state_dict", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.backbone."])
 def test_weights_of_others_with_their_wrappers(tmp_path, nest, prefix):

@@ -93,7 +93,8 @@ def test_bad_images_leave_nothing_new(tree, tmp_path, capsys):
     [
         ({"reader": "folders", "folder": "gone"}, "gone: no such data folder"),
         ({"reader": "folders", "folder": "../root"}, "need a path inside the data root"),
-        ({"reader": "csv", "folder": "set", "labels": "gone.csv"}, "gone.csv: cannot read the table"),
+        ({"reader": "csv", "folder": "set", "labels": "gone.csv"}, "root/set/gone.csv"),
+        ({"reader": "folders", "folder": "set", "classes": ["a"]}, "set: need images of two classes or more, got a"),
         ({"reader": "folders", "folder": "set", "classes": ["c"]}, "unknown class 'c'; choices: a, b"),
         ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}}}, "does not draw cues yet"),
     ],

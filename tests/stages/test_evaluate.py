@@ -9,6 +9,7 @@ import torch
 
 from medmask.cli import main
 from medmask.config.training import Image
+from tests.toy import write_pack
 
 CLASSES = ["cat", "dog", "emu"]
 
@@ -47,12 +48,13 @@ def stage(tmp_path, monkeypatch):
     rows = [split_row(i, "train", i % 3) for i in range(6)]
     rows += [split_row(6 + i, "test", i % 3, "raw") for i in range(5)]
     rows += [split_row(11 + i, "test", i % 2, "cue") for i in range(4)]
+    made = list(rows)
     calls: list[np.ndarray] = []
     models = {
         name: [FakeNetwork(), SimpleNamespace(classes=CLASSES, n_classes=3, image={"size": 8}, epoch=epoch), []]
         for name, epoch in (("model", 3), ("best", 3))
     }
-    state = SimpleNamespace(rows=rows, models=models, calls=calls, classes=CLASSES)
+    state = SimpleNamespace(rows=rows, made=made, models=models, calls=calls, classes=CLASSES)
 
     def eval_batches(images, index, positions, image, batch_size):
         assert isinstance(image, Image)
@@ -71,10 +73,14 @@ def stage(tmp_path, monkeypatch):
 
     def evaluate(**settings) -> int:
         pd.DataFrame(state.rows).to_csv(tmp_path / "split.csv", index=False)
-        (tmp_path / "split.json").write_text(json.dumps({"classes": state.classes}))
-        files = {"images": "i.npy", "index": "x.npy", "model": "model.safetensors", "best": "best.safetensors"}
-        for name in files.values():
-            (tmp_path / name).touch()
+        counts = pd.Series([row["side"] for row in state.made]).value_counts()  # as they were when the split was made
+        facts = {"classes": state.classes, "sides": {side: {"n": int(n)} for side, n in counts.items()}}
+        (tmp_path / "split.json").write_text(json.dumps(facts))
+        write_pack(tmp_path, [np.zeros((1, 1, 1), np.uint8)] * 15)
+        files = {"images": "images.npy", "index": "index.npy"}
+        files |= {"model": "model.safetensors", "best": "best.safetensors"}
+        for name in ("model", "best"):
+            (tmp_path / files[name]).touch()
         files |= {"split": "split.csv", "summary": "split.json", "predictions": "out/predictions.csv"}
         files |= {"predictions-best": "out/predictions_best.csv", "metrics": "out/metrics.json"}
         given = [text for name, file in files.items() for text in (f"--{name}", str(tmp_path / file))]
@@ -161,7 +167,7 @@ def test_a_diverged_network_is_refused(stage, capsys):
 
 
 def test_a_split_without_test_images_is_refused(stage, capsys):
-    stage.rows[:] = stage.rows[:6]
+    stage.rows[:] = stage.made[:] = stage.rows[:6]
     assert stage.evaluate() == 2
     assert "need images on the side test, got none" in capsys.readouterr().err
 
@@ -173,3 +179,12 @@ def test_a_cue_gives_the_worst_group(stage):
     metrics = json.loads((stage.out / "metrics.json").read_text())
     assert metrics["last"]["raw"]["metrics"]["worst_group_accuracy"]["value"] == 1
     assert "has_cue" in pd.read_csv(stage.out / "predictions.csv")
+
+
+def test_a_cut_or_foreign_split_is_refused(stage, capsys):
+    stage.rows.pop()
+    assert stage.evaluate() == 2
+    assert "split.csv: 8 rows on the side test, but " in capsys.readouterr().err
+    stage.rows.append(stage.made[-1] | {"position": 15})
+    assert stage.evaluate() == 2
+    assert "split.csv: 1 problem:\n  image i14: position is not in 0..14" in capsys.readouterr().err

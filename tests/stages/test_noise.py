@@ -10,6 +10,7 @@ from PIL import Image
 from medmask import cli
 
 SIDES = {"train": 50, "val": 21, "test": 30, "meta_set": 9}
+SUMMARY = {"classes": ["a", "b", "c", "none"], "sides": {side: {"n": n} for side, n in SIDES.items()}}
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def run(tmp_path):
         {"image_id": [f"i{n}" for n in range(len(sides))], "label": np.arange(len(sides)) % 3, "side": sides}
     )
     table.to_csv(tmp_path / "split.csv", index=False)
-    (tmp_path / "split.json").write_text(json.dumps({"classes": ["a", "b", "c", "none"]}))
+    (tmp_path / "split.json").write_text(json.dumps(SUMMARY))
 
     def run(out="out", **config):
         files = {"split": "split.csv", "summary": "split.json", "labels": f"{out}/labels.csv",
@@ -79,7 +80,24 @@ def test_none(run):
 
 def test_single_class(run, tmp_path, capsys):
     (tmp_path / "split.csv").write_text("image_id,label,side\ni0,0,train\n")
+    (tmp_path / "split.json").write_text(json.dumps({"classes": ["a", "b"], "sides": {"train": {"n": 1}}}))
     assert run(kind="symmetric", rate=0.4) == 2
     assert "has a single class" in capsys.readouterr().err
     assert run(kind="symmetric", rate=1.5) == 2
     assert "rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "".join(text.splitlines(keepends=True)[:-3]), "6 rows on the side meta_set, but "),
+        (lambda text: text[:-2], "split.csv: cut: its last line has no end"),
+        (lambda text: text.replace("i3,0,", "i3,4,"), "split.csv: 1 problem:\n  image i3: label is not in 0..3"),
+        (lambda text: text.replace("i3,0,", "i2,0,"), "split.csv: 1 problem:\n  image i2: stands twice"),
+    ],
+)
+def test_damaged_splits(run, tmp_path, capsys, change, message):
+    (tmp_path / "split.csv").write_text(change((tmp_path / "split.csv").read_text()))
+    assert run(kind="none") == 2
+    assert message in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir())

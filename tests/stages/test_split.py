@@ -18,7 +18,7 @@ four,four.png,1,B,007,test,dd,8,8,0000000000000000
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "manifest.csv").write_text(MANIFEST)
-    facts = {"classes": ["NA", "B", "C"], "lists": {"train": 2, "test": 2}, "orders": {"train": [1, 0]}}
+    facts = {"classes": ["NA", "B", "C"], "n": 4, "lists": {"train": 2, "test": 2}, "orders": {"train": [1, 0]}}
     (tmp_path / "dataset.json").write_text(json.dumps(facts))
 
     def run(**config) -> int:
@@ -65,7 +65,22 @@ def test_mistakes_leave_nothing(run, tmp_path, capsys):
     assert "the dataset has 4" in capsys.readouterr().err
     assert run(kind="lists", crossing="refuse") == 2
     assert "one" in capsys.readouterr().err
+    for text, message in (
+        (MANIFEST[: MANIFEST.index("four")], "manifest.csv: 3 rows, but"),
+        (MANIFEST[:-30], "manifest.csv: cut: its last line has no end"),
+    ):
+        (tmp_path / "manifest.csv").write_text(text)
+        assert run(kind="lists") == 2
+        assert message in capsys.readouterr().err
     (tmp_path / "manifest.csv").write_text("image_id\none\n")
     assert run(kind="lists") == 2
     assert "manifest.csv: missing column label" in capsys.readouterr().err
+    (tmp_path / "manifest.csv").write_text(MANIFEST)
+    for text, message in (
+        ("[1, 2]", "need an object with the keys classes, n, lists, orders, got a list"),
+        ('{"classes": "ab"}', "classes: need list, got str\n  n: need int, got NoneType"),
+    ):
+        (tmp_path / "dataset.json").write_text(text)
+        assert run(kind="lists") == 2
+        assert message in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
