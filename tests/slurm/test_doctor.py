@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medmask import cli, site
+from medmask import cli, io, site
 from medmask.doctor import check_gpus, compare
 from medmask.errors import ConfigError
 from medmask.site import Partition, gpu_count, read_partitions, read_profile, to_minutes, write_profile
@@ -77,20 +77,17 @@ def profile(tmp_path, monkeypatch) -> Path:
 
 def test_write_changes_the_facts_and_nothing_else(profile, monkeypatch):
     monkeypatch.setattr(site, "user_accounts", lambda: ["physics", "lab"])
-    monkeypatch.setattr(site, "sacct_answer", lambda: site.Answer(False, "disabled"))
     partitions = read_partitions("old|down|infinite|gpu:16\nmain*|up|infinite|(null)\nfat|up|infinite|gpu:4")
     write_profile(profile, partitions)
     before, after = SHIPPED.read_text().splitlines(), profile.read_text().splitlines()
     changed = {line.split(" # ")[0].strip() for line in set(after) - set(before)}
     assert changed == {
-        "- slurm_partition='main'", "- gpu_partition='fat'", "- slurm_account='physics'", "slurm-status-command: squeue"
+        "- slurm_partition='main'", "- gpu_partition='fat'", "- slurm_account='physics'"
     }  # fmt: skip
     assert len(before) == len(after)
     monkeypatch.setattr(site, "user_accounts", list)
-    monkeypatch.setattr(site, "sacct_answer", lambda: site.Answer(True, ""))
     write_profile(profile, partitions)
     assert read_profile(profile).account is None
-    assert "slurm-status-command" not in read_profile(profile).options
 
 
 def test_write_needs_the_lines(profile):
@@ -154,7 +151,6 @@ SITE = "cpu*|up|2-00:00:00|(null)\ngpu|up|infinite|gpu:8"
         ({"sinfo": SITE.replace("gpu|", "fat|")}, {}, "problem  partition gpu: there is none of that name"),
         ({"sinfo": SITE.replace("gpu|up", "gpu|down")}, {}, "problem  partition gpu is down"),
         ({"sinfo": SITE}, {"slurm_account": "other"}, "problem  account other is not yours"),
-        ({"sinfo": SITE, "sacct": "!disabled"}, {}, "problem  squeue answers, sacct does not: disabled"),
         ({"sinfo": SITE, "sacct": "!disabled", "squeue": "!no"}, {}, "problem  sacct: disabled; squeue: no"),
         ({"sinfo": SITE.replace("2-00:00:00", "30:00")}, {}, "1 h in cpu: longer than the partition lets jobs run"),
         ({"sinfo": SITE, "sbatch": "!sbatch: error: Memory"}, {}, "6 h in cpu: sbatch: error: Memory"),
@@ -172,18 +168,33 @@ def test_problems_of_a_site(profile, monkeypatch, capsys, answers, changes, said
     assert lines[place + 1].startswith("         do: ")
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(10, "forgets a job after 60 s"), (400, "ok       squeue answers")])
-def test_squeue_has_to_know_jobs_for_long_enough(profile, monkeypatch, capsys, seconds, said):
-    age = {10: 60, 400: 400}[seconds]
-    made_up(profile.parent, monkeypatch, sinfo=SITE, sacct="!disabled", scontrol=f"MinJobAge = {age} sec")
-    profile.write_text(profile.read_text() + "slurm-status-command: squeue\n")
+@pytest.mark.parametrize(
+    ("age", "sacct", "said"),
+    [
+        (60, "", "problem  squeue forgets a job 60 s after its end"),
+        (300, "", "ok       sacct and squeue answer"),
+        (300, "!disabled", "ok       squeue answers, sacct does not (disabled)"),
+    ],
+)
+def test_squeue_has_to_know_jobs_for_long_enough(profile, monkeypatch, capsys, age, sacct, said):
+    made_up(profile.parent, monkeypatch, sinfo=SITE, sacct=sacct, scontrol=f"MinJobAge = {age} sec")
     doctor("--profile", profile, "--wait-min", 0)
     assert said in capsys.readouterr().out
+
+
+def test_plugin_has_to_ask_a_command_that_answers(profile, monkeypatch, capsys):
+    made_up(profile.parent, monkeypatch, sinfo=SITE, sacct="!disabled")
+    profile.write_text(profile.read_text().replace("slurm-status-command: squeue", ""))
+    assert doctor("--profile", profile, "--wait-min", 0) == 2
+    said = capsys.readouterr().out
+    assert "problem  squeue answers, sacct does not (disabled)" in said
+    assert f"do: `slurm-status-command: squeue` in {profile}" in said
 
 
 @pytest.fixture
 def own_profile(profile, slurm) -> Path:
     """A profile that the doctor has filled in at the real site."""
+    io.commit.cache_clear()  # a node looks again
     write_profile(profile, read_partitions(site.call("sinfo", "--noheader", "--format=%P|%a|%l|%G").text))
     return profile
 
@@ -211,7 +222,8 @@ def test_all_is_fine(own_profile, tmp_path, monkeypatch, capsys):
 @pytest.mark.slurm
 def test_gpus_that_torch_does_not_see(own_profile, capsys):
     assert doctor("--profile", own_profile) == 2
-    (problem,) = problems(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    (problem,) = problems(said)
     assert problem.endswith("one GPU asked for, 1 given, torch sees 0")
 
 
