@@ -1,6 +1,6 @@
+# What belongs to the tables of an experiment, and what is said at the end.
 import shutil
 
-# What belongs to the tables of an experiment, and what is said at the end.
 REPORTED = {  # output of aggregate: its part of the report, and what it is called there
     "table_html": ("Tables", "1 table"),
     "table_csv": ("Tables", "2 table, all columns (CSV)"),
@@ -75,7 +75,8 @@ def finish_experiment(experiment):
     if not (page.exists() and page.stat().st_mtime > table.stat().st_mtime):
         command = report_command(experiment, page)
         shell("{command} >/dev/null || echo 'medmask: no report for {experiment}' >&2")
-    print(f"medmask: {experiment}: table {table.with_name('table.md')}" + f", report {page}" * page.exists())
+    where = f"report {page}" if page.exists() else "no report"
+    print(f"medmask: {experiment}: table {table.with_name('table.md')}, {where}")
 
 
 def show_partial(experiment):
