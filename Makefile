@@ -27,7 +27,7 @@ demo: setup
 	@echo "  snakemake --profile profiles/local --configfile config/papers/noisy_labels_small.yaml"
 
 test: setup
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile
 
 # On a cluster of its own, which is left up (tests/slurm/cluster.sh down ends it); skipped where there can be none
 test-slurm: setup
