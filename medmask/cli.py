@@ -37,6 +37,28 @@ COMMANDS = {
     "schema": "write the JSON schema of the config and the key tables of config/README.md",
     "doctor": "check a Slurm site, and the profile that describes it, before the first submission",
 }
+FILES = {  # what a flag stands for
+    "manifest": "manifest.csv: one row an image, in pack order",
+    "images": "images.npy: all pixels, uint8",
+    "index": "index.npy: place and size of each image in it",
+    "dataset": "dataset.json: classes, counts, lists",
+    "split": "split.csv: side and group of each image",
+    "summary": "split.json (of aggregate: summary.csv): counts and notes",
+    "labels": "labels.csv: true and noisy label of each image",
+    "transition": "transition.json: what the noise did to each class",
+    "figure": "transition.png",
+    "init": "model.safetensors to start from",
+    "teacher": "model.safetensors of a teacher (methods of a later version)",
+    "maps": "saliency maps (methods of a later version)",
+    "model": "model.safetensors: weights of the last epoch",
+    "best": "best.safetensors: weights of the best epoch on validation",
+    "history": "history.jsonl: losses and validation numbers by step",
+    "record": "record.json: epochs, time, best epoch, notes",
+    "predictions": "predictions.csv: of the last epoch, one row a test image",
+    "predictions_best": "predictions_best.csv: of the best epoch",
+    "metrics": "metrics.json: metrics with intervals, by test set",
+    "runs": "runs.json: the runs of an experiment, their keys and settings",
+}
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -98,11 +120,11 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
     """The flags of a stage are its input and output files."""
     parser.add_argument("--config", required=True, help="settings: JSON text, or the name of a JSON file")
     for name in stage.INPUTS:
-        parser.add_argument(flag(name), type=Path, required=True, help="input")
+        parser.add_argument(flag(name), type=Path, required=True, help=f"input, {FILES.get(name, name)}")
     for name in stage.OPTIONAL:
-        parser.add_argument(flag(name), type=Path, help="input, where there is one")
+        parser.add_argument(flag(name), type=Path, help=f"input, if any, {FILES.get(name, name)}")
     for name in stage.OUTPUTS:
-        parser.add_argument(flag(name), type=Path, required=True, help="output")
+        parser.add_argument(flag(name), type=Path, required=True, help=f"output, {FILES.get(name, name)}")
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         parser.add_argument("--data-root", type=Path, required=True, help="folder that holds the datasets")
     if getattr(stage, "TRAINS", False):

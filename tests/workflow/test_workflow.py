@@ -104,6 +104,7 @@ AGAIN = {
     "reordered rows": (lambda raw: json.loads(json.dumps(raw, sort_keys=True)), {"runs": 1, "aggregate": 1}),
     "a time limit": (put("finetunings/plain/needs", {"gpu": 0, "hours": 5}), {}),
     "another number of ranks": (put("pretrainings/base/ranks", 4), {}),
+    "one process instead of two ranks": (put("pretrainings/base/ranks", 1), {}),
 }  # fmt: skip
 
 
