@@ -23,6 +23,7 @@ localrules:
     all,
     runs,
     aggregate,
+    weights,
     pretrain_ddp,
     finetune_ddp,
 
@@ -34,6 +35,10 @@ rule all:
         # Snakemake would not ask for these where an older table stands
         [experiment_runs(experiment) for experiment in EXPERIMENTS],
         [path for experiment in EXPERIMENTS for path in evaluations(experiment)],
+
+
+onstart:
+    check_site()
 
 
 onsuccess:

@@ -112,6 +112,14 @@ def user_accounts() -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in NO_ACCOUNT]
 
 
+def refusal(partition: str | None, account: str | None) -> str:
+    """Why Slurm would take no job for these, empty if it would; nothing is submitted."""
+    flags = [f"--partition={partition}"] if partition else []
+    flags += [f"--account={account}"] if account else []
+    answer = call("sbatch", "--test-only", *flags, "--wrap=true")
+    return "" if answer.is_ok else answer.text.removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+
+
 def read_profile(path: Path) -> Profile:
     """ConfigError when it cannot be read."""
     try:

@@ -26,6 +26,7 @@ def run_rank(command: list[str], finished: str) -> int:
     logging.getLogger("submitit").setLevel(logging.WARNING)
     tell_early()
     place = submitit.JobEnvironment()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is not loaded yet: see `wrap` in train.fit
     rank, is_slurm = place.global_rank, place.cluster == "slurm"
     folder = Path(os.environ["SUBMITIT_FOLDER"])
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

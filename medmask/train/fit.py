@@ -99,7 +99,7 @@ class Run:
         self.state = self.restore()
         self.model: nn.Module = self.method
         if ctx.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.model = wrap(self.method)
         self.history = History(execution.work_dir, self.state.step) if ctx.is_main else None
         self.progress = Progress(cfg.epochs, self.plan.steps * cfg.epochs, self.state.step, ctx.is_main)
         self.save_every = execution.checkpoint_min * 60
@@ -171,12 +171,12 @@ class Run:
     def add(self, values: Mapping[str, Tensor], scale: float) -> None:
         sums = self.state.sums
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().float() * scale
+            sums[name] = sums.get(name, 0.0) + value.detach().double() * scale
 
     def write_log(self, clock: Clock) -> None:
         """Mean losses over the steps since the last line; all ranks take part, the main one writes."""
         state = self.state
-        means = {name: float(self.ctx.mean(total)) / state.steps_summed for name, total in sorted(state.sums.items())}
+        means = {name: rounded(self.ctx.mean(total) / state.steps_summed) for name, total in sorted(state.sums.items())}
         speed = round(self.images_logged / max(1e-9, time.monotonic() - self.logged_at), 1)
         state.sums, state.steps_summed = {}, 0
         self.logged_at, self.images_logged = time.monotonic(), 0
@@ -253,6 +253,21 @@ class Run:
         self.progress.close()
         if self.history is not None:
             self.history.close()
+
+
+def rounded(value: Tensor) -> float:
+    """To float32: a sum that was cut in two by a stop differs in the last bits of float64."""
+    return float(value.float())
+
+
+def wrap(method: Method) -> nn.parallel.DistributedDataParallel:
+    """Average gradients over the ranks, always in the same order of summation.
+
+    Without `find_unused_parameters` torch lays its buckets anew after the first step of a process. From three ranks on
+    the place in a bucket decides in which order the ranks are summed, so a resumed run would differ in the last bit.
+    That all parameters are used is warned of once, by torch's C++ part: the launcher keeps it quiet.
+    """
+    return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.slurm.demo")
 SCRIPT = Path(__file__).with_name("cluster.sh")
 CANNOT = 3  # exit code of cluster.sh where a machine cannot have a cluster
 

@@ -1,11 +1,28 @@
 # What jobs ask for, from the settings of their artifacts, and where the profile sends them.
 import os
 
+from snakemake.exceptions import WorkflowError
+
+from medmask.site import refusal
+
 
 def site(name):
     """A default resource of the profile, or None."""
     found = (workflow.resource_settings.default_resources or {}).get(name)
     return None if found is None else os.path.expandvars(str(found.raw)).strip("'\"")
+
+
+def check_site():
+    """Stop before the first job where Slurm would take none for the profile's partitions and account."""
+    if site("launcher") != "slurm":
+        return
+    account = site("slurm_account")
+    for name in filter(None, dict.fromkeys([site("slurm_partition"), site("gpu_partition")])):
+        if reason := refusal(name, account):
+            raise WorkflowError(
+                f"profile: Slurm takes no job for partition {name}, account {account or '(the default)'}: {reason}; "
+                "`python -m medmask doctor` says what there is, `doctor --write` fills it in"
+            )
 
 
 def needed(stage, wc):
