@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from medmask import __version__, io
 from medmask.config.messages import explain
+from medmask.config.training import Training
 from medmask.errors import ConfigError, MedmaskError, Stopped
+from medmask.train.lease import writer
+from medmask.train.signals import StopFlag, watch_signals
 
+log = logging.getLogger(__name__)
 STAGES = {
     "data": "read a dataset into a manifest and one packed file of pixels",
     "split": "put each image on a side: train, val, test, meta_set",
@@ -143,8 +147,6 @@ def run_stage(args: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         more["data_root"] = args.data_root
-    if getattr(stage, "TRAINS", False):
-        more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
     targets = {name: getattr(args, name) for name in stage.OUTPUTS}
     record = {
         "stage": args.command,
@@ -152,12 +154,44 @@ def run_stage(args: argparse.Namespace) -> None:
         "config": TypeAdapter(stage.CONFIG).dump_python(settings, mode="json"),
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
     }
-    with all_or_none(targets) as parts:
-        stage.run(settings, **inputs, **more, **parts)
-        if is_main_rank():
-            io.write_json(next(iter(targets.values())).with_name("config.json"), record)
-    if getattr(stage, "TRAINS", False) and is_main_rank():
-        stage.tidy(args.work_dir)  # not before the outputs stand: a kill in between would cost the whole training
+    with ExitStack() as until_published:
+        if getattr(stage, "TRAINS", False):
+            right = right_to_train(until_published, args.work_dir, settings, list(targets.values()))
+            if right is None:
+                return
+            more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min, **right}
+        with all_or_none(targets) as parts:
+            stage.run(settings, **inputs, **more, **parts)
+            if is_main_rank():
+                io.write_json(next(iter(targets.values())).with_name("config.json"), record)
+        if getattr(stage, "TRAINS", False) and is_main_rank():
+            stage.tidy(args.work_dir)  # not before the outputs stand: a kill in between would cost the whole training
+
+
+def right_to_train(stack: ExitStack, work_dir: Path, settings: Any, targets: list[Path]) -> dict[str, Any] | None:
+    """Watch the signals and become the only writer until `stack` closes; None if another job has finished the run.
+
+    Returns what a training is given: `stop`, its flag, and `check`, which raises once it may not write any more.
+    """
+    check: Callable[[], None] = lambda: None  # noqa: E731
+    if not isinstance(settings, Training):  # weights are only loaded, and Ctrl-C ends that
+        return {"stop": StopFlag(), "check": check}
+    stop = stack.enter_context(watch_signals())
+    if is_main_rank():
+        before = last_changes(targets)
+        lease = stack.enter_context(writer(work_dir, stop))
+        now = last_changes(targets)
+        if all(new is not None and new != old for new, old in zip(now, before, strict=True)):
+            log.info("%s: another job has finished this run in the meantime", work_dir)
+            return None
+        check = lease.check
+    return {"stop": stop, "check": check}
+
+
+def last_changes(paths: list[Path]) -> list[int | None]:
+    """When each file was last changed, ns; None without one. Folders are listed, so that a file server is asked."""
+    there = {file for folder in {path.parent for path in paths} if folder.exists() for file in folder.iterdir()}
+    return [path.stat().st_mtime_ns if path in there else None for path in paths]
 
 
 def parse_settings(text: str, model: Any, where: str) -> Any:

@@ -156,7 +156,9 @@ class Weights(Block):
     backbone: Name = Field(description="network that the weights belong to")
     version: Text = Field("IMAGENET1K_V1", description="source torchvision: name of the weights")
     file: Text | None = Field(None, description="source file: a .safetensors or .pt file")
-    sha256: Annotated[Text, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="its digest, checked")
+    sha256: Annotated[Text, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description="digest that is checked: of the file (timm: of the tensors), as record.json has it"
+    )
     image: Image = Field(
         Image(size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         description="how the weights want their images",

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from medmask import cli, io
 from medmask.errors import ConfigError, LaunchError
 
-GRACE_SECONDS = 120  # between the warning and the end of a time limit; less where the limit is short
 PEER_LOST = 76  # exit code of a rank that is well when another one went away
 NOT_DIGESTED = ("needs", "workers", "ranks")  # how a run is run: a live job is the same run with others
 
@@ -130,11 +129,6 @@ def note(folder: Path, **values: Any) -> None:
     """Append a line to the attempts of a job."""
     with (folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": round(time.time(), 2), **values}) + "\n")
-
-
-def grace_seconds(minutes: float) -> int:
-    """How long before its time limit a job saves and stops."""
-    return int(min(GRACE_SECONDS, minutes * 60 / 4))
 
 
 def checkpoint_step(work_dir: Path) -> int:

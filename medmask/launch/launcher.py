@@ -22,11 +22,12 @@ from pathlib import Path
 from medmask import cli, io
 from medmask.errors import LaunchError, MedmaskError
 from medmask.launch.follow import LogView, tell_end_of_log
-from medmask.launch.job import GRACE_SECONDS, Cluster, Job, Options, Task, Unreachable, make_task
+from medmask.launch.job import Cluster, Job, Options, Task, Unreachable, make_task
 from medmask.launch.local import Local
 from medmask.launch.queue import GONE, ending
 from medmask.launch.slurm import Slurm
 from medmask.train.lease import Lease
+from medmask.train.signals import GRACE_SECONDS
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0

@@ -11,9 +11,9 @@ import submitit
 
 from medmask import cli, io
 from medmask.errors import ConfigError
-from medmask.launch.job import Job, Options, Task, grace_seconds, rank_file
+from medmask.launch.job import Job, Options, Task, rank_file
 from medmask.launch.rank import DEVICES, run_rank
-from medmask.train.signals import STOP_AT
+from medmask.train.signals import STOP_AT, grace_seconds
 
 DAYS_30 = 30 * 24 * 60
 FAILED_SECONDS = 10

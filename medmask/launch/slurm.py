@@ -16,10 +16,10 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from medmask.errors import ConfigError, LaunchError
-from medmask.launch.job import Job, Options, Task, Unreachable, grace_seconds
+from medmask.launch.job import Job, Options, Task, Unreachable
 from medmask.launch.queue import LIVE, Queue, call, controller_state
 from medmask.launch.rank import run_rank
-from medmask.train.signals import STOP_AT
+from medmask.train.signals import STOP_AT, grace_seconds
 
 log = logging.getLogger(__name__)
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_")  # of a job that the launcher itself may run in

@@ -1,5 +1,6 @@
 """Weights in files: the project's own model files, and those of others, read without running any code in them."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -10,11 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, hub, nn
 
 from medmask import io
-from medmask.config.training import Head, Image
+from medmask.config.training import Head, Image, Weights
 from medmask.errors import CheckpointError, ConfigError, listing, lookup
 from medmask.models.backbones import HEAD_NAMES, Classifier, build_backbone, width_of
 from medmask.models.heads import build_head, head_settings
@@ -122,7 +123,31 @@ def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], where: str) 
     load_strictly(backbone, {**counts, **given}, where)
 
 
-def load_source(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+def load_published(cfg: Weights) -> tuple[dict[str, Tensor], str]:
+    """Somebody's weights, and their sha256: that of the file; of timm, whose files are in many places, of the tensors.
+
+    Raises
+    ------
+    ConfigError : no such file, network or version. CheckpointError : they cannot be fetched, or are not those named.
+    """
+    if cfg.source == "timm":
+        state = download_timm(cfg.backbone)
+        return state, check_digest(cfg, hashlib.sha256(save(state)).hexdigest())
+    path = Path(str(cfg.file)) if cfg.source == "file" else download_torchvision(cfg.backbone, cfg.version)
+    if not path.is_file():
+        raise ConfigError(f"file: no such weights file: {path}")
+    digest = check_digest(cfg, io.file_digest(path))
+    return load_source(path), digest
+
+
+def check_digest(cfg: Weights, found: str) -> str:
+    if cfg.sha256 not in (None, found):
+        where = cfg.file or f"{cfg.backbone} of {cfg.source}"
+        raise CheckpointError(f"{where}: sha256 is {found}, the settings say {cfg.sha256}")
+    return found
+
+
+def load_source(path: Path) -> dict[str, Tensor]:
     """Read somebody's weights from a `.safetensors`, `.pt` or `.pth` file; no code in the file is run.
 
     A state dict may stand under `model`, `state_dict` or `model_state_dict`; the prefixes `module.`, `_orig_mod.`
@@ -130,13 +155,8 @@ def load_source(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
     Raises
     ------
-    CheckpointError : the file is truncated, holds code, has another digest, or holds no tensors.
+    CheckpointError : the file is truncated, holds code, or holds no tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"file: no such weights file: {path}")
-    if sha256 is not None and (found := io.file_digest(path)) != sha256:
-        raise CheckpointError(f"{path}: sha256 is {found}, the settings say {sha256}")
     content = read_tensors(path)
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -167,28 +187,33 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
-def download(source: str, name: str, version: str) -> dict[str, Tensor]:
-    """Fetch the published weights of a network from torchvision (by their version) or timm.
+def download_torchvision(name: str, version: str) -> Path:
+    """The file of torchvision's weights, fetched unless it is there, in `$TORCH_HOME/hub/checkpoints`."""
+    from torchvision import models
 
-    Raises
-    ------
-    ConfigError : torchvision has no such weights. CheckpointError : they cannot be fetched, as on a node offline.
-    """
-    where = f"weights of {name} from {source}"
+    lookup(dict.fromkeys(models.list_models()), name, "backbone")
+    url = lookup(models.get_model_weights(name).__members__, version, "version").url
+    path = Path(hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    digest = hub.HASH_REGEX.search(path.name)  # its first digits stand in the name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
+        except Exception as error:  # each transport has exceptions of its own
+            refuse_download(f"weights of {name} from torchvision", error)
+    if digest and not io.file_digest(path).startswith(digest[1]):
+        raise CheckpointError(f"{path}: damaged, its sha256 does not begin with {digest[1]}; delete it")
+    return path
+
+
+def download_timm(name: str) -> dict[str, Tensor]:
+    """timm's weights, without the last layer, fetched unless they are in the cache of the Hugging Face hub."""
+    import timm
+
     try:
-        if source == "torchvision":
-            from torchvision import models
-
-            weights = lookup(models.get_model_weights(name).__members__, version, "version")
-            return dict(weights.get_state_dict(progress=False, check_hash=True))
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm."), pretrained=True, num_classes=0)
-        return dict(model.state_dict())
-    except ConfigError:
-        raise
-    except Exception as error:  # each library, and each of its transports, has exceptions of its own
-        refuse_download(where, error)
+        return dict(timm.create_model(name.removeprefix("timm."), pretrained=True, num_classes=0).state_dict())
+    except Exception as error:  # as above
+        refuse_download(f"weights of {name} from timm", error)
 
 
 def refuse_download(where: str, error: Exception) -> NoReturn:

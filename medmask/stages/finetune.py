@@ -1,8 +1,10 @@
 """Stage finetune: train a classifier, from pretrained weights or from scratch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from medmask.config.training import AnyFinetuning
+from medmask.train.signals import StopFlag
 
 CONFIG = AnyFinetuning
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
@@ -12,12 +14,12 @@ TRAINS = True
 
 
 def run(
-    cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float,
+    cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float, stop: StopFlag, check: Callable[[], None],
     teacher: Path | None, maps: Path | None, **files: Path | None,
 ) -> None:  # fmt: skip
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 
-    training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]
+    training.train(cfg, work_dir, checkpoint_min, training.Files(**files), stop, check)  # type: ignore[arg-type]
 
 
 def tidy(work_dir: Path) -> None:

@@ -1,9 +1,11 @@
 """Stage pretrain: train, or load, a first set of weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from medmask.config.training import Pretraining, Weights
 from medmask.errors import ConfigError
+from medmask.train.signals import StopFlag
 
 CONFIG = Pretraining
 INPUTS: tuple[str, ...] = ()
@@ -12,7 +14,10 @@ OUTPUTS: tuple[str, ...] = ("model", "best", "history", "record")
 TRAINS = True
 
 
-def run(cfg: Pretraining, *, work_dir: Path, checkpoint_min: float, **files: Path | None) -> None:
+def run(
+    cfg: Pretraining, *, work_dir: Path, checkpoint_min: float, stop: StopFlag, check: Callable[[], None],
+    **files: Path | None,
+) -> None:  # fmt: skip
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 
     if isinstance(cfg, Weights):
@@ -21,7 +26,7 @@ def run(cfg: Pretraining, *, work_dir: Path, checkpoint_min: float, **files: Pat
     missing = [name for name in OPTIONAL if name != "init" and files[name] is None]
     if missing:
         raise ConfigError(f"--{', --'.join(missing)}: needed to train with `method: {cfg.method}`")
-    training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]
+    training.train(cfg, work_dir, checkpoint_min, training.Files(**files), stop, check)  # type: ignore[arg-type]
 
 
 def tidy(work_dir: Path) -> None:

@@ -1,10 +1,10 @@
 """What the stages pretrain and finetune share: from files to a method, through `fit`, to files."""
 
-import contextlib
 import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,12 @@ from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
 from medmask.models.freeze import freeze_stages
 from medmask.models.heads import build_head, head_settings
-from medmask.models.weights import (
-    ModelSpec,
-    download,
-    load_backbone,
-    load_source,
-    load_strictly,
-    read_model,
-    save_model,
-)
+from medmask.models.weights import ModelSpec, load_backbone, load_published, load_strictly, read_model, save_model
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
-from medmask.train.lease import writer
 from medmask.train.loader import Rows, TrainingData
-from medmask.train.signals import watch_signals
+from medmask.train.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -68,31 +59,29 @@ class Start:
     notes: list[str]
 
 
-def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None:
-    """Train on all ranks; the main one writes the outputs."""
+def train(
+    cfg: Any, work_dir: Path, checkpoint_min: float, files: Files, stop: StopFlag, check: Callable[[], None]
+) -> None:
+    """Train on all ranks; the main one writes the outputs, and checkpoints while `check` does not raise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
-    with watch_signals() as stop:
-        classes = read_facts(files.summary, classes=list)["classes"]
-        sides, digests = read_sides(cfg, files, len(classes))
-        start = start_network(cfg, files.init, classes)
-        is_main = os.environ.get("RANK", "0") == "0"  # a second writer is refused before the ranks meet
-        with writer(work_dir) if is_main else contextlib.nullcontext() as lease, distributed(cfg.needs.gpu > 0) as ctx:
-            check_ranks(cfg, ctx.world)
-            reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
-            data = TrainingData(sides["train"], sides["val"], reader)
-            inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
-            checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs))
-            if lease is not None:
-                checkpointer.check = lease.check
-            method = build_method(cfg.method, start.network, cfg)
-            state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
-            if ctx.is_main:
-                write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
-                shutil.copyfile(work_dir / "history.jsonl", files.history)
-                io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
-                checkpointer.check()
-            ctx.barrier()
+    classes = read_facts(files.summary, classes=list)["classes"]
+    sides, digests = read_sides(cfg, files, len(classes))
+    start = start_network(cfg, files.init, classes)
+    with distributed(cfg.needs.gpu > 0) as ctx:
+        check_ranks(cfg, ctx.world)
+        reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
+        data = TrainingData(sides["train"], sides["val"], reader)
+        inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
+        checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs), check)
+        method = build_method(cfg.method, start.network, cfg)
+        state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
+        if ctx.is_main:
+            write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
+            shutil.copyfile(work_dir / "history.jsonl", files.history)
+            io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
+            check()
+        ctx.barrier()
 
 
 def tidy(work_dir: Path) -> None:
@@ -218,12 +207,8 @@ def load_weights(cfg: Weights, *, model: Path, best: Path, history: Path, record
     if os.environ.get("RANK", "0") != "0":
         return
     backbone = build_backbone(cfg.backbone, cfg.image.channels)
-    if cfg.source == "file":
-        where = str(cfg.file)
-        state = load_source(Path(where), cfg.sha256)
-    else:
-        where = f"{cfg.backbone} of {cfg.source}"
-        state = download(cfg.source, cfg.backbone, cfg.version)
+    where = cfg.file or f"{cfg.backbone} of {cfg.source}"
+    state, sha256 = load_published(cfg)
     load_backbone(backbone, state, where)
     spec = ModelSpec(cfg.backbone, {}, 0, [], cfg.image.model_dump(mode="json"), epoch=0)
     weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
@@ -231,7 +216,8 @@ def load_weights(cfg: Weights, *, model: Path, best: Path, history: Path, record
         save_model(path, weights, spec, np.empty(0, dtype=np.int64))
     history.write_text("", encoding="utf-8")
     parameters = sum(p.numel() for p in backbone.parameters())
-    io.write_json(record, {**empty_record(), "parameters": parameters, "notes": [f"weights loaded from {where}"]})
+    notes = [f"weights loaded from {where}"]
+    io.write_json(record, {**empty_record(), "parameters": parameters, "sha256": sha256, "notes": notes})
 
 
 def empty_record() -> dict[str, Any]:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from medmask.errors import LaunchError
+from medmask.errors import LaunchError, Stopped
+from medmask.train.signals import StopFlag
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 5
@@ -34,27 +35,38 @@ class Lease:
     lost : called in a thread when another process has taken the lease.
     job, restart : Slurm's id of the job and how often it was requeued; a later start of a job replaces an earlier one,
         of which some processes may still run on a node that Slurm has lost sight of.
+    stop : given, wait for the end of a holder in another job, until this is set.
 
     Raises
     ------
-    LaunchError : another process holds it and lives.
+    LaunchError : another process holds it and lives. Stopped : told to stop while waiting.
     """
 
-    def __init__(self, path: Path, does: str, lost: Callable[[], None], job: str = "", restart: int = 0) -> None:
+    def __init__(
+        self, path: Path, does: str, lost: Callable[[], None], job: str = "", restart: int = 0,
+        stop: StopFlag | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.does, self.lost = Path(path), does, lost
         mine = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "since": start_of(os.getpid())}
         self.mine = {**mine, "job": job, "restart": restart, "does": does, "token": uuid.uuid4().hex}
         self.text = json.dumps(self.mine)
         self.ended = threading.Event()
+        self.stop = stop
+        self.said: set[str] = set()
 
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self.create():
             text, beat = look(self.path)
-            if text is not None and self.is_alive(text, beat):
-                raise LaunchError(f"{self.path.parent}: {describe(text)}; wait for its end, or stop it")
-            if text is not None:
+            if text is None:
+                continue
+            if not self.is_alive(text, beat):
                 self.remove(text)
+                continue
+            if self.stop is None or parse(text).get("job") in (None, "", self.mine["job"]):
+                raise LaunchError(f"{self.path.parent}: {describe(text)}; wait for its end, or stop it")
+            self.say(f"{self.path.parent}: {describe(text)}; waiting for its end")
+            self.pause(text)
         threading.Thread(target=self.beat, daemon=True).start()
         return self
 
@@ -102,12 +114,23 @@ class Lease:
         if holder.get("machine") == self.mine["machine"]:
             return True
         end = time.monotonic() + STALE_SECONDS
-        log.info("%s: %s; looking whether it lives", self.path.parent, describe(text))
+        self.say(f"{self.path.parent}: {describe(text)}; looking whether it lives")
         while time.monotonic() < end:
-            time.sleep(GLANCE_SECONDS)
+            self.pause(text)
             if (now := look(self.path)) != (text, beat):
                 return now[0] == text  # with another text, or none, there is a new holder to look at
         return False
+
+    def pause(self, text: str) -> None:
+        if self.stop is not None and self.stop.is_set:
+            raise Stopped(f"{self.path.parent}: {describe(text)}; told to stop while waiting for it")
+        time.sleep(GLANCE_SECONDS)
+
+    def say(self, sentence: str) -> None:
+        """Log something once."""
+        if sentence not in self.said:
+            log.info("%s", sentence)
+            self.said.add(sentence)
 
     def beat(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):
@@ -119,8 +142,12 @@ class Lease:
                     return
 
 
-def writer(work_dir: Path, environ: Mapping[str, str] = os.environ) -> Lease:
-    """The lease of the one process that writes in a run's folder; the process ends at once when it is lost."""
+def writer(work_dir: Path, stop: StopFlag, environ: Mapping[str, str] = os.environ) -> Lease:
+    """The lease of the one process that writes in a run's folder; the process ends at once when it is lost.
+
+    A training of one process in a Slurm job waits for that of another job: Snakemake, started anew after it was killed,
+    submits what still runs a second time. Several ranks do not wait, since the launcher finds its job again.
+    """
 
     def end() -> None:
         log.error("%s: another process trains here now; this one ends without writing anything more", work_dir)
@@ -128,7 +155,9 @@ def writer(work_dir: Path, environ: Mapping[str, str] = os.environ) -> Lease:
 
     restart = environ.get("SLURM_RESTART_COUNT", "0")
     job = environ.get("SLURM_JOB_ID", "")
-    return Lease(work_dir / "writer.lease", "training", end, job, int(restart) if restart.isdigit() else 0)
+    waits = bool(job) and environ.get("WORLD_SIZE", "1") == "1"
+    path, number = work_dir / "writer.lease", int(restart) if restart.isdigit() else 0
+    return Lease(path, "training", end, job, number, stop if waits else None)
 
 
 def look(path: Path) -> tuple[str | None, int]:

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medmask import io
+from medmask.config.training import Weights
 from medmask.errors import CheckpointError, ConfigError
 from medmask.models import weights
 from medmask.models.backbones import Classifier, build_backbone
 from medmask.models.heads import build_head
 from medmask.models.weights import (
     ModelSpec,
-    download,
     load_backbone,
     load_classifier,
+    load_published,
     load_source,
     read_model,
     save_model,
@@ -189,30 +191,83 @@ def test_a_truncated_source(tmp_path, name):
 
 def test_other_bad_sources(tmp_path):
     with pytest.raises(ConfigError, match="file: no such weights file: "):
-        load_source(tmp_path / "none.pt")
+        load_published(published("file", file=str(tmp_path / "none.pt")))
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no weights at the top or under model, state_dict"):
         load_source(tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=f"sha256 is {io.file_digest(tmp_path / 'w.pt')}, the settings say 00"):
-        load_source(tmp_path / "w.pt", "00")
+    digest = io.file_digest(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=f"w.pt: sha256 is {digest}, the settings say 0000"):
+        load_published(published("file", file=str(tmp_path / "w.pt"), sha256="0" * 64))
+
+
+def published(source, **more) -> Weights:
+    return Weights(method="weights", source=source, backbone=more.pop("backbone", "resnet18"), **more)
+
+
+@pytest.fixture
+def torchvision_file(tmp_path, monkeypatch):
+    """A file in torch's own cache, named as torchvision's, and its sha256."""
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    digest = io.file_digest(tmp_path / "w.pth")
+    path = (tmp_path / "w.pth").rename(folder / f"net-{digest[:8]}.pth")
+    member = SimpleNamespace(url=f"https://nowhere.invalid/{path.name}")
+    enum = SimpleNamespace(__members__={"IMAGENET1K_V1": member})
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: enum)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return path, digest
+
+
+def test_torchvision_weights_are_fetched_once_and_always_checked(torchvision_file, monkeypatch):
+    path, digest = torchvision_file
+    monkeypatch.setattr(weights.hub, "download_url_to_file", None)  # a file that is there is not fetched
+    state, sha256 = load_published(published("torchvision", sha256=digest))
+    assert (list(state), sha256) == (["a"], digest)
+    with pytest.raises(CheckpointError, match=f"resnet18 of torchvision: sha256 is {digest}, the settings say 00"):
+        load_published(published("torchvision", sha256="0" * 64))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=f"{path.name}: damaged, its sha256 does not begin with {digest[:8]}"):
+        load_published(published("torchvision"))
+    path.unlink()
+    path.parent.rmdir()
+    asked = []
+
+    def fetch(url, to, prefix, progress):
+        asked.append((url, to, prefix))
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(weights.hub, "download_url_to_file", fetch)
+    assert load_published(published("torchvision"))[1] == digest
+    assert asked == [(f"https://nowhere.invalid/{path.name}", str(path), digest[:8])]
 
 
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
-def test_without_a_network_the_error_says_what_to_do(monkeypatch, source):
+def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path, source):
     def fail(*args, **kwargs):
         raise OSError("no route to host\nand more")
 
-    monkeypatch.setattr("timm.create_model" if source == "timm" else "torchvision.models.get_model_weights", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("timm.create_model", fail)
+    monkeypatch.setattr(weights.hub, "download_url_to_file", fail)
     with pytest.raises(CheckpointError, match=rf"from {source}: cannot be fetched \(OSError: no route.*`source: file`"):
-        download(source, "resnet18", "IMAGENET1K_V1")
+        load_published(published(source))
 
 
-def test_downloaded_weights_are_those_of_the_library(monkeypatch):
+def test_timm_weights_are_those_of_the_library_and_checked(monkeypatch):
     model = nn.Linear(2, 2)
     monkeypatch.setattr("timm.create_model", lambda name, pretrained, num_classes: model)
-    assert is_same(weights.download("timm", "timm.x", ""), model.state_dict())
+    state, sha256 = load_published(published("timm", backbone="timm.x"))
+    assert is_same(state, model.state_dict())
+    assert load_published(published("timm", backbone="timm.x", sha256=sha256))[1] == sha256
+    nn.init.zeros_(model.bias)
+    with pytest.raises(CheckpointError, match=f"timm.x of timm: sha256 is .*, the settings say {sha256}"):
+        load_published(published("timm", backbone="timm.x", sha256=sha256))
 
 
-def test_an_unknown_version_is_refused_with_the_choices():
+def test_an_unknown_network_or_version_is_refused_with_the_choices():
     with pytest.raises(ConfigError, match="version: unknown name 'V9'; choices: DEFAULT, IMAGENET1K_V1"):
-        weights.download("torchvision", "resnet18", "V9")
+        load_published(published("torchvision", version="V9"))
+    with pytest.raises(ConfigError, match="backbone: unknown name 'small_cnn'; choices: alexnet"):
+        load_published(published("torchvision", backbone="small_cnn"))

@@ -17,7 +17,7 @@ from medmask.models.weights import read_model
 from tests.toy import is_same
 
 ROOT = Path(__file__).parents[2]
-HOOKS = Path(__file__).with_name("hooks")
+CLUSTER, HOOKS = (Path(__file__).with_name(name) for name in ("cluster.sh", "hooks"))
 REQUEUE_WAIT = 4  # seconds before a requeued job is started, not two minutes; in its first ones Slurm would refuse it
 
 
@@ -30,6 +30,15 @@ def wait_for(is_true: Callable[[], object], seconds: float = 150) -> None:
     while not is_true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
+
+
+def demo_config() -> dict:
+    """The shipped demo with one seed, its pretraining on 8 ranks."""
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    config["pretrainings"]["demo"]["ranks"] = 8
+    config["pretrainings"]["demo"]["needs"]["mem_gb"] = 1
+    config["experiments"]["demo"]["seeds"] = [0]
+    return config
 
 
 def hasten(folder: Path, waiting: dict[str, float]) -> None:

@@ -12,24 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.slurm.demo import ROOT, Demo, assert_same, slurm, wait_for
+from tests.slurm.demo import CLUSTER, Demo, assert_same, demo_config, slurm, wait_for
 
-CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STEPS = 68  # of the pretraining: 4 epochs of 17
 PAUSE = {"MEDMASK_TEST_PAUSE": "0.15"}
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def demo_config() -> dict:
-    """The shipped demo with one seed, its pretraining on 8 ranks."""
-    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
-    config["pretrainings"]["demo"]["ranks"] = 8
-    config["pretrainings"]["demo"]["needs"]["mem_gb"] = 1
-    config["experiments"]["demo"]["seeds"] = [0]
-    return config
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +54,9 @@ def test_no_fault(whole):
 
 
 def test_time_limit_reached_twice(run, whole):
-    run.env = {"MEDMASK_TEST_PAUSE": "1"}
+    run.env = {"MEDMASK_TEST_PAUSE": "1.2"}
     run.start("--set-resources", "pretrain_ddp:runtime=1")
-    run.finish(seconds=400)
+    run.finish(seconds=800)
     assert run.starts()[-1]["restart"] >= 2
     assert_same(run, whole, requeues=run.starts()[-1]["restart"])
 

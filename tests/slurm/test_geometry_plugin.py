@@ -15,7 +15,7 @@ from medmask.runs import make_plan
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "tests" / "slurm" / "profile"
-CHANGED = {"latency-wait", "slurm-init-seconds-before-status-checks"}
+CHANGED = {"latency-wait", "slurm-init-seconds-before-status-checks", "seconds-between-status-checks"}
 PRIVATE = ("--job-name", "--output", "--comment", "-D")
 TRAINING = {
     "method": "supervised",
@@ -50,7 +50,7 @@ CONFIG = {
 FAKE = """\
 #!{python}
 import json, os, sys
-if os.path.basename(sys.argv[0]) == "sbatch":
+if os.path.basename(sys.argv[0]) == "sbatch" and "--test-only" not in sys.argv:
     with open("{record}", "a") as file:
         file.write(json.dumps(sys.argv[1:]) + "\\n")
     sys.exit("sbatch: error: recorded")

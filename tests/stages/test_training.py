@@ -2,17 +2,19 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from medmask import cli
+from medmask import cli, io
 from medmask.errors import CheckpointError, ConfigError, DataError, Stopped
 from medmask.models.backbones import build_backbone
 from medmask.models.weights import load_classifier, read_model
 from medmask.stages import finetune, pretrain, training
+from medmask.train import lease, signals
 from medmask.train.checkpoint import Checkpointer
 from medmask.train.signals import StopFlag
 from tests.toy import SETTINGS, is_same, settings, write_data
@@ -30,11 +32,12 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def run(folder: Path, data: dict[str, Path], stage=finetune, cfg=None, **inputs) -> dict[str, Path]:
+def run(folder: Path, data: dict[str, Path], stage=finetune, cfg=None, stop=None, **inputs) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     outputs = {name: folder / file for name, file in OUTPUTS.items()}
     given = {name: data.get(name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
-    stage.run(cfg or settings(), **{**given, **inputs}, **outputs, work_dir=folder / "work", checkpoint_min=15)
+    right = {"stop": stop or StopFlag(), "check": lambda: None}
+    stage.run(cfg or settings(), **{**given, **inputs}, **outputs, work_dir=folder / "work", checkpoint_min=15, **right)
     return outputs
 
 
@@ -184,15 +187,9 @@ def test_ranks_matter_without_sync_bn(tmp_path, data):
         run(tmp_path, data, cfg=settings(sync_bn=False, ranks=2))
 
 
-def test_a_run_that_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, data, trained, monkeypatch):
-    class Soon(StopFlag):
-        def __getattribute__(self, name):
-            return True if name == "is_set" else super().__getattribute__(name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("medmask.train.signals.StopFlag", Soon)
-        with pytest.raises(Stopped):
-            run(tmp_path / "a", data)
+def test_a_run_that_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, data, trained):
+    with pytest.raises(Stopped):
+        run(tmp_path / "a", data, stop=StopFlag(told=True))
     assert len(Checkpointer(tmp_path / "a" / "work", "").paths()) == 1
     with pytest.raises(CheckpointError, match="belongs to other settings or inputs"):
         run(tmp_path / "a", data, cfg=settings(lr=0.01))
@@ -222,17 +219,22 @@ def test_weights_are_loaded_and_finetuned(tmp_path, data):
     assert is_same(state, {f"backbone.{name}": value for name, value in source.state_dict().items()})
     assert (spec.n_classes, spec.epoch, len(seen)) == (0, 0, 0)
     assert loaded["history"].read_text() == ""
-    assert json.loads(loaded["record"].read_text())["notes"] == [f"weights loaded from {tmp_path / 'w.pt'}"]
+    record = json.loads(loaded["record"].read_text())
+    assert record["notes"] == [f"weights loaded from {tmp_path / 'w.pt'}"]
+    assert record["sha256"] == io.file_digest(tmp_path / "w.pt")
     assert loaded["model"].read_bytes() == loaded["best"].read_bytes()
     outputs = run(tmp_path / "b", data, cfg=settings(backbone=None, image=None, freeze="all"), init=loaded["model"])
     after = read_model(outputs["model"])[0]
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
-def test_from_the_command_line(tmp_path, data, capsys):
+def flags_of(data: dict[str, Path], out: Path) -> list[str]:
     flags = [text for name, path in data.items() for text in (f"--{name}", str(path))]
-    flags += [text for name, file in OUTPUTS.items() for text in (f"--{name}", str(tmp_path / "out" / file))]
-    flags += ["--work-dir", str(tmp_path / "work")]
+    return flags + [text for name, file in OUTPUTS.items() for text in (f"--{name}", str(out / file))]
+
+
+def test_from_the_command_line(tmp_path, data, capsys):
+    flags = [*flags_of(data, tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
     assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
     assert not list((tmp_path / "work").glob("checkpoint-*"))  # they go once the outputs stand
@@ -242,3 +244,33 @@ def test_from_the_command_line(tmp_path, data, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == f"medmask finetune: error: {line}"
     assert (tmp_path / "work" / "refused").read_text() == line + "\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+
+
+@pytest.mark.parametrize("published", [4, 3, 0])
+def test_a_job_that_waited_trains_only_what_the_other_has_not_published(
+    tmp_path, data, trained, monkeypatch, published
+):
+    """Snakemake, killed and started anew, submits what still runs a second time."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    monkeypatch.setattr(signals, "stop_time", lambda environ: None)
+    held_while_tidied = []
+    monkeypatch.setattr(finetune, "tidy", lambda folder: held_while_tidied.append((folder / "writer.lease").exists()))
+
+    def other_ends(seconds):
+        for file in list(OUTPUTS.values())[:published]:
+            shutil.copyfile(trained["model"].with_name(file), out / file)
+        (work / "writer.lease").unlink()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with lease.writer(work, StopFlag()), monkeypatch.context() as patch:
+        out.mkdir()
+        (out / "model.safetensors").touch()  # an older result counts for nothing
+        patch.setenv("SLURM_JOB_ID", "13")
+        patch.setattr(lease.time, "sleep", other_ends)
+        assert (
+            cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(data, out), "--work-dir", str(work)]) == 0
+        )
+    assert is_same(read_model(out / "model.safetensors")[0], read_model(trained["model"])[0])
+    assert (work / "history.jsonl").exists() == (published < 4)
+    assert held_while_tidied == [True] * (published < 4)
+    assert not (work / "writer.lease").exists()

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from medmask.errors import LaunchError
+from medmask.errors import LaunchError, Stopped
 from medmask.train import lease as module
 from medmask.train.lease import Lease, writer
+from medmask.train.signals import StopFlag
 
 
 def lease(tmp_path, **changes) -> Lease:
@@ -74,6 +75,47 @@ def test_a_later_start_of_a_job_replaces_an_earlier_one(tmp_path):
         assert later.is_held()
 
 
+def test_a_job_waits_for_the_end_of_another(tmp_path, monkeypatch, caplog):
+    """Snakemake, killed and started anew, submits what still runs a second time."""
+    held_by(tmp_path, job="12")
+    sleeps = []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            (tmp_path / "a.lease").unlink()
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    with caplog.at_level("INFO"), lease(tmp_path, job="13", stop=StopFlag()) as second:
+        assert second.is_held()
+    (said,) = caplog.messages
+    assert f"process {os.getpid()} of job 12 on" in said
+    assert "is training here; waiting for its end" in said
+    assert len(sleeps) == 3
+
+
+def test_who_waits_can_be_stopped(tmp_path):
+    text = held_by(tmp_path, job="12")
+    with pytest.raises(Stopped, match=r"of job 12 on .* is training here; told to stop while waiting"):
+        lease(tmp_path, job="13", stop=StopFlag(stop_at=module.time.time() + 0.1)).__enter__()
+    assert (tmp_path / "a.lease").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("holder", "environ"),
+    [
+        ("12", {"SLURM_JOB_ID": "12"}),  # a second start in one job
+        ("", {"SLURM_JOB_ID": "12"}),  # of a person at a terminal, in either order
+        ("12", {}),
+        ("12", {"SLURM_JOB_ID": "13", "WORLD_SIZE": "2"}),  # the launcher's, which finds its job again
+    ],
+)
+def test_nobody_else_waits(tmp_path, holder, environ):
+    (tmp_path / "writer.lease").write_text(json.dumps({**lease(tmp_path).mine, "job": holder}))
+    with pytest.raises(LaunchError, match="wait for its end, or stop it"):
+        writer(tmp_path, StopFlag(), environ).__enter__()
+
+
 def test_who_has_lost_the_lease_is_told_and_may_not_write(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
     told = module.threading.Event()
@@ -87,6 +129,6 @@ def test_who_has_lost_the_lease_is_told_and_may_not_write(tmp_path, monkeypatch)
 
 
 def test_the_writer_is_named_by_job_and_restart(tmp_path):
-    mine = writer(tmp_path, {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "2"}).mine
+    mine = writer(tmp_path, StopFlag(), {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "2"}).mine
     assert (mine["job"], mine["restart"]) == ("5", 2)
-    assert writer(tmp_path, {}).mine["restart"] == 0
+    assert writer(tmp_path, StopFlag(), {}).mine["restart"] == 0

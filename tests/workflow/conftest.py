@@ -1,5 +1,6 @@
 """One finished run of the tiny config, which the tests of this folder look at."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ TINY = ROOT / "tests" / "fixtures" / "config_tiny.yaml"
 
 
 class Workflow:
-    """Calls snakemake on a folder of its own."""
+    """Calls snakemake on a folder of its own, and refuses all network calls of Snakemake and of the jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.environ = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("offline"))}
 
     def __call__(self, *arguments, config=None, configfile=TINY, timeout=240) -> subprocess.CompletedProcess:
         if config is not None:
@@ -33,7 +35,13 @@ class Workflow:
         command += ["--profile", str(ROOT / "profiles" / "local"), "--cores", "2"]
         command += ["--configfile", str(configfile)] if configfile else []
         return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            env=self.environ,
+            check=False,
         )
 
     def jobs(self, config, *arguments) -> dict[str, int]:

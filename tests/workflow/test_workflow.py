@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,20 @@ def test_a_table_of_another_config_is_not_taken_for_this_one(finished, tmp_path)
     assert copy.jobs(changed) == {"finetune": 2, "evaluate": 2, "runs": 1, "aggregate": 1}
 
 
+@pytest.mark.slow
+def test_the_chain_ran_without_a_network(finished):
+    """It did, on a machine whose network calls are refused: that they are is shown here."""
+    code = "import socket; socket.create_connection(('{}', {}), timeout=5)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = code.format("localhost", server.getsockname()[1])
+        subprocess.run([sys.executable, "-c", near], env=finished.environ, check=True)
+    for host in ("192.0.2.1", "example.org"):
+        call = [sys.executable, "-c", code.format(host, 80)]
+        far = subprocess.run(call, env=finished.environ, capture_output=True, text=True, check=False)
+        assert f"OSError: network call refused: {host}" in far.stderr
+    assert "network call refused" not in finished.output
+
+
 # without a finished run -----------------------------------------------------------------------------------------------
 
 
@@ -200,6 +216,23 @@ def test_without_a_configfile_the_demo_is_planned(workflow):
     done = workflow("-n", configfile=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert job_stats(done.stdout + done.stderr)["pretrain_ddp"] == 2
+
+
+@pytest.mark.parametrize(("ranks", "rule"), [(1, "pretrain"), (2, "pretrain_ddp")])
+def test_weights_have_a_rule_of_their_own(workflow, ranks, rule):
+    raw = tiny()
+    base = {**raw["pretrainings"].pop("base"), "ranks": ranks}
+    loaded = {"method": "weights", "source": "file", "file": "w.pt", "backbone": "small_cnn"}
+    raw["pretrainings"] |= {"a": base, "b": {**base, "lr": 0.1}, "loaded": loaded}
+    raw["finetunings"]["plain"]["image"] = {"size": 28}
+    raw["experiments"]["tiny"]["runs"] = {
+        name: {"pretrain": name, "finetune": "plain"} for name in ("a", "b", "loaded")
+    } | {"scratch": {"finetune": "plain"}}
+    jobs = workflow.jobs(raw)
+    assert {name: count for name, count in jobs.items() if name in ("weights", "pretrain", "pretrain_ddp")} == {
+        "weights": 1,
+        rule: 2,
+    }
 
 
 def test_the_bare_profile_name_works():

@@ -1,5 +1,25 @@
 # One process is a job of its own; more are started by the launcher, from here. The launcher
-# submits again what a cluster ended, so these rules are not retried.
+# submits again what a cluster ended, so these rules are not retried. Weights that are only loaded
+# may have to be fetched, so that is done here too: nodes often have no internet.
+LOADED = "[a-z]+_weights-[0-9a-f]{12}"
+
+
+rule weights:
+    output:
+        model="results/pretrain/{key}/model.safetensors",
+        best="results/pretrain/{key}/best.safetensors",
+        history="results/pretrain/{key}/history.jsonl",
+        record="results/pretrain/{key}/record.json",
+    log:
+        "logs/pretrain/{key}.log",
+    wildcard_constraints:
+        key=LOADED,
+    params:
+        config=settings("pretrain"),
+        work="work/{key}",
+    shell:
+        "python -m medmask pretrain --config {params.config:q} --work-dir {params.work:q} --model {output.model:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
 
 
 rule pretrain:
@@ -13,7 +33,7 @@ rule pretrain:
     log:
         "logs/pretrain/{key}.log",
     wildcard_constraints:
-        key=by_ranks("pretrain")[0],
+        key=f"(?!{LOADED}/)(?:{by_ranks('pretrain')[0]})",
     threads: cores("pretrain")
     resources:
         **needs("pretrain"),

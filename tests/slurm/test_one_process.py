@@ -1,0 +1,160 @@
+"""Trainings of one process on a real Slurm: they stop ahead of the time limit, and wait for each other."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from medmask import cli
+from medmask.config.load import load_config
+from medmask.models.backbones import build_backbone
+from medmask.models.weights import read_model
+from medmask.runs import make_plan
+from tests.toy import SETTINGS, is_same, write_data
+
+ROOT = Path(__file__).parents[2]
+NAMES = {"model": ".safetensors", "best": ".safetensors", "history": ".jsonl", "record": ".json"}
+LONG = {**SETTINGS, "batch_size": 16, "augment": {"flip": 0.5}, "schedule": {"kind": "cosine"}}
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), n=200, n_val=40)
+
+
+class Training:
+    """One training in a folder, and the jobs that are submitted for it."""
+
+    def __init__(self, folder: Path, data: dict[str, Path], epochs: int) -> None:
+        self.folder, self.work, self.out = folder, folder / "work", folder / "out"
+        words = [sys.executable, "-m", "medmask", "finetune", "--config", json.dumps({**LONG, "epochs": epochs})]
+        words += [text for name, file in data.items() for text in (f"--{name}", str(file))]
+        words += [text for name, end in NAMES.items() for text in (f"--{name}", str(self.out / f"{name}{end}"))]
+        self.command = shlex.join([*words, "--work-dir", str(self.work)])
+        self.jobs: list[str] = []
+
+    def submit(self, minutes: int = 5) -> str:
+        """Submit a job; returns its id."""
+        line = ["sbatch", "--parsable", "--account=lab", "--partition=cpu", "--mem=2000", f"--time={minutes}"]
+        line += [f"--output={self.folder}/%j.log", f"--chdir={ROOT}", "--export=ALL,OMP_NUM_THREADS=1"]
+        self.jobs.append(call(*line, "--wrap", self.command))
+        return self.jobs[-1]
+
+    def log(self, job: str) -> str:
+        path = self.folder / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def steps(self) -> list[int]:
+        path = self.work / "history.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+@pytest.fixture
+def training(slurm, tmp_path, data):
+    """Makes a training; its jobs end with the test."""
+    made = []
+
+    def make(epochs: int) -> Training:
+        made.append(Training(tmp_path, data, epochs))
+        return made[-1]
+
+    yield make
+    for run in made:
+        subprocess.run(["scancel", *run.jobs], check=False)
+
+
+def call(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def facts(job: str) -> dict[str, str]:
+    words = call("scontrol", "show", "job", "-o", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def wait_for_end(job: str, seconds: float = 120) -> dict[str, str]:
+    wait_for(lambda: facts(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
+    return facts(job)
+
+
+def test_a_training_saves_and_ends_before_its_time_limit(training):
+    run = training(epochs=100_000)
+    job = run.submit(minutes=1)
+    ended = wait_for_end(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", f"{cli.STOPPED}:0"), run.log(job)  # and not TIMEOUT
+    assert "00:00:44" <= ended["RunTime"] < "00:01:00"  # a quarter of the minute is kept for it
+    assert f"saved in {run.work}; the same command goes on from there" in run.log(job)
+    steps = run.steps()
+    assert (run.work / f"checkpoint-{steps[-1]:09d}.pt").exists()
+    run.submit(minutes=1)
+    wait_for(lambda: run.steps()[-1] > steps[-1])
+    assert run.steps()[: len(steps)] == steps  # gone on, not begun anew
+
+
+def test_a_second_job_for_the_same_training_waits_for_the_first(training):
+    """As after `kill -9` of Snakemake, whose next start submits again what still runs."""
+    run = training(epochs=60)
+    first = run.submit()
+    wait_for(lambda: bool(run.steps()))
+    second = run.submit()
+    assert [wait_for_end(job)["ExitCode"] for job in (first, second)] == ["0:0", "0:0"], run.log(second)
+    assert f"of job {first} on " in run.log(second)
+    assert "is training here; waiting for its end" in run.log(second)
+    assert "another job has finished this run in the meantime" in run.log(second)
+    assert "epoch" not in run.log(second)
+    assert not list(run.work.glob("*.lease"))
+
+
+def test_a_second_job_goes_on_where_the_first_was_killed(training, tmp_path, data):
+    run = training(epochs=60)
+    first = run.submit()
+    wait_for(lambda: max(run.steps(), default=0) > 100)
+    second = run.submit()
+    wait_for(lambda: "waiting for its end" in run.log(second))
+    os.kill(json.loads((run.work / "writer.lease").read_text())["pid"], signal.SIGKILL)
+    assert wait_for_end(first)["ExitCode"] != "0:0"
+    assert wait_for_end(second)["ExitCode"] == "0:0", run.log(second)
+    assert "another job has finished" not in run.log(second)
+    (tmp_path / "whole").mkdir()
+    whole = Training(tmp_path / "whole", data, epochs=60)
+    subprocess.run(whole.command, shell=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    weights, expected = (read_model(one.out / "model.safetensors")[0] for one in (run, whole))
+    assert is_same(weights, expected)
+
+
+def test_weights_are_loaded_where_snakemake_runs(slurm, tmp_path):
+    """Nodes often have no internet."""
+    torch.save(build_backbone("small_cnn", 1).state_dict(), tmp_path / "w.pt")
+    loaded = {"method": "weights", "source": "file", "backbone": "small_cnn", "file": str(tmp_path / "w.pt")}
+    config = yaml.safe_load((ROOT / "tests" / "fixtures" / "config_tiny.yaml").read_text())
+    config["pretrainings"]["base"] = {**loaded, "image": {"size": 28, "channels": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (key,) = make_plan(load_config(config)).artifacts["pretrain"]
+    line = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
+    line += ["--configfile", tmp_path / "config.yaml", "--profile", ROOT / "tests" / "slurm" / "profile"]
+    line += ["--", f"results/pretrain/{key}/record.json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "localrule weights:" in said
+    assert "has been submitted" not in said
+    assert json.loads((tmp_path / "results/pretrain" / key / "record.json").read_text())["sha256"]
