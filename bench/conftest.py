@@ -1,8 +1,11 @@
 """Ratios against a floor that is measured in the same run; `make bench` writes them to bench/RESULTS.md."""
 
+import functools
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -34,6 +37,26 @@ def compare():
         return ratio
 
     return run
+
+
+@pytest.fixture
+def compare_memory():
+    """Run two modules that print MiB, each in three fresh processes; returns the ratio of the medians."""
+
+    def run(question: str, ours: tuple[str, ...], floor: tuple[str, ...]) -> float:
+        own, base = measure(ours), measure(floor)
+        ratio = own[1] / base[1]
+        spread = f"{own[0] / base[2]:.2f} to {own[2] / base[0]:.2f}"
+        lines.append(f"| {question} | {ratio:.2f} | {spread} | {base[1]:.0f} MiB |")
+        return ratio
+
+    return run
+
+
+@functools.cache
+def measure(command: tuple[str, ...]) -> list[float]:
+    runs = [subprocess.run([sys.executable, "-m", *command], capture_output=True, check=True) for _ in range(3)]
+    return sorted(float(run.stdout) for run in runs)
 
 
 def timed(function) -> float:

@@ -102,9 +102,11 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
 
 def fit_square(images: Tensor, size: int, shorter: int) -> Tensor:
     """Resize the shorter side (bilinear, antialiased), then crop the centre; (N, C, H, W) to (N, C, size, size)."""
-    from torchvision.transforms.v2 import functional
-
     height, width = images.shape[-2:]
+    if height == width == size == shorter:
+        return images
+    from torchvision.transforms.v2 import functional  # takes longer to load than torch
+
     if min(height, width) != shorter:
         images = functional.resize(images, [shorter], antialias=True)
     return images if images.shape[-2:] == (size, size) else functional.center_crop(images, [size, size])
