@@ -148,6 +148,8 @@ def job_kinds(profile: Profile, configfile: list[Path]) -> list[dict[str, Any]]:
     kinds: list[dict[str, Any]] = []
     for stage, artifacts in make_plan(load_config(read_config(configfile, []))).artifacts.items():
         for artifact in artifacts.values():
+            if artifact.settings.get("method") == "weights":
+                continue  # loaded where Snakemake runs
             planned = {"nodes": 1, **resources(stage, artifact.settings)}
             rule = f"{stage}_ddp" if planned["ranks"] > 1 else stage
             given = {**profile.default, **profile.rules.get(rule, {})}
