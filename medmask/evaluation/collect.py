@@ -170,11 +170,11 @@ def first_missing(run: Run) -> str:
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that speaks of an error, without colours and time."""
+    """The last line of a log that speaks of an error, or else of a stop, without colours."""
     if not log.exists():
         return "not run yet (no log)"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line for line in lines if "error" in line.lower()]
+    found = [line for line in lines if "error" in line.lower()] or [line for line in lines if "stop" in line]
     if not found:
         return f"stopped without an error in its log ({log.name})"
     plain = re.sub(r"\x1b\[[0-9;]*m", "", found[-1])

@@ -92,6 +92,7 @@ def launch(options: Options, command: list[str]) -> int:
             if n == 0 and task.is_finished():
                 log.info("a job had finished this run; putting its outputs in place")
                 task.publish()
+                job_file(options).unlink(missing_ok=True)
                 return 0
             job, is_new = find(options, cluster, task)
             if told:

@@ -219,5 +219,7 @@ def test_last_error(tmp_path):
     assert last_error(log) == "not run yet (no log)"
     log.write_text("fine\n")
     assert last_error(log) == "stopped without an error in its log (x.log)"
+    log.write_text("fine\n12:00:00 launch: told to stop: job 5 goes on\nlast\n")
+    assert last_error(log) == "12:00:00 launch: told to stop: job 5 goes on"
     log.write_text("an error here\n\x1b[31mmedmask finetune:  error: lr\x1b[0m\nbye\n")
     assert last_error(log) == "medmask finetune: error: lr"

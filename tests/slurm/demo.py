@@ -81,16 +81,21 @@ class Demo:
             shutil.rmtree(folder / path)
         return Demo(folder, yaml.safe_load((folder / "demo.yaml").read_text()))
 
-    def start(self, *arguments: str, snakemake: str = "snakemake") -> subprocess.Popen:
-        """`snakemake --profile slurm` in a session of its own; what it says goes to said.txt."""
+    def start(self, *arguments: str, output: str = "said.txt") -> subprocess.Popen:
+        """`snakemake --profile slurm` in a session of its own; what it says goes to a file."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOKS), **self.env}
-        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-        command = [snakemake, "--profile", "slurm", "--configfile", "demo.yaml", *arguments]
-        with (self.folder / "said.txt").open("w") as said:
-            self.process = subprocess.Popen(
-                command, stdout=said, stderr=subprocess.STDOUT, cwd=self.folder, env=env, start_new_session=True
+        command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", "--configfile", "demo.yaml"]
+        with (self.folder / output).open("w") as said:
+            process = subprocess.Popen(
+                [*command, *arguments],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                env=env,
+                start_new_session=True,
             )
-        return self.process
+        self.process = process if output == "said.txt" else self.process
+        return process
 
     def finish(self, code: int = 0, seconds: float = 300) -> str:
         """Wait for Snakemake, starting requeued jobs soon; returns what it said."""
@@ -194,6 +199,12 @@ class Demo:
 
     def summary(self) -> str:
         return (self.folder / "results" / "demo" / "summary.csv").read_text()
+
+    def jobs(self, *options: str) -> list[tuple[str, ...]]:
+        """Partition, account and state of the jobs of one process of this Snakemake, which all have its name."""
+        name = self.said().split("SLURM run ID: ", 1)[1].split()[0]
+        command = ["sacct", "-nPX", "--starttime=now-1days", f"--name={name}", "--format=partition,account,state"]
+        return [tuple(line.split("|")) for line in slurm(*command, *options).splitlines()]
 
     def jobs_of_pretraining(self) -> int:
         """Jobs that Slurm's accounting has of the pretraining; a requeued one counts once."""

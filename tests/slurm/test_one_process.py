@@ -6,8 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,18 @@ from medmask.config.load import load_config
 from medmask.models.backbones import build_backbone
 from medmask.models.weights import read_model
 from medmask.runs import make_plan
+from tests.slurm.demo import ROOT, Demo, slurm, wait_for
 from tests.toy import SETTINGS, is_same, write_data
 
-ROOT = Path(__file__).parents[2]
 NAMES = {"model": ".safetensors", "best": ".safetensors", "history": ".jsonl", "record": ".json"}
 LONG = {**SETTINGS, "batch_size": 16, "augment": {"flip": 0.5}, "schedule": {"kind": "cosine"}}
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("slurm"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ class Training:
         """Submit a job; returns its id."""
         line = ["sbatch", "--parsable", "--account=lab", "--partition=cpu", "--mem=2000", f"--time={minutes}"]
         line += [f"--output={self.folder}/%j.log", f"--chdir={ROOT}", "--export=ALL,OMP_NUM_THREADS=1"]
-        self.jobs.append(call(*line, "--wrap", self.command))
+        self.jobs.append(slurm(*line, "--wrap", self.command))
         return self.jobs[-1]
 
     def log(self, job: str) -> str:
@@ -62,7 +65,7 @@ class Training:
 
 
 @pytest.fixture
-def training(slurm, tmp_path, data):
+def training(tmp_path, data):
     """Makes a training; its jobs end with the test."""
     made = []
 
@@ -75,19 +78,8 @@ def training(slurm, tmp_path, data):
         subprocess.run(["scancel", *run.jobs], check=False)
 
 
-def call(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-
-
-def wait_for(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
 def facts(job: str) -> dict[str, str]:
-    words = call("scontrol", "show", "job", "-o", job).split()
+    words = slurm("scontrol", "show", "job", "-o", job).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
@@ -141,20 +133,35 @@ def test_a_second_job_goes_on_where_the_first_was_killed(training, tmp_path, dat
     assert is_same(weights, expected)
 
 
-def test_weights_are_loaded_where_snakemake_runs(slurm, tmp_path):
+def test_a_training_moves_when_its_node_dies(tmp_path):
+    config = yaml.safe_load((ROOT / "tests" / "fixtures" / "config_tiny.yaml").read_text())
+    config["finetunings"]["plain"]["epochs"] = 250
+    del config["experiments"]["tiny"]["runs"]["pretrained"]
+    run = Demo(tmp_path, config)
+    run.start()
+    try:
+        wait_for(lambda: any("epoch 20/" in log.read_text() for log in tmp_path.glob("logs/finetune/*.log")))
+        lines = slurm("squeue", "--noheader", "--format=%N|%Z").splitlines()
+        (node,) = [line.split("|")[0] for line in lines if line.endswith(str(tmp_path))]
+        slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        run.finish()
+    finally:
+        run.clean_up()
+    states = [state for _, _, state in run.jobs("--duplicates")]
+    assert sorted(states) == ["COMPLETED"] * 5 + ["NODE_FAIL"]  # the five stages once each: nothing was submitted twice
+    (history,) = tmp_path.glob("results/finetune/*/history.jsonl")
+    steps = [row["step"] for row in map(json.loads, history.read_text().splitlines()) if "loss/total" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_weights_are_loaded_where_snakemake_runs(tmp_path):
     """Nodes often have no internet."""
     torch.save(build_backbone("small_cnn", 1).state_dict(), tmp_path / "w.pt")
     loaded = {"method": "weights", "source": "file", "backbone": "small_cnn", "file": str(tmp_path / "w.pt")}
     config = yaml.safe_load((ROOT / "tests" / "fixtures" / "config_tiny.yaml").read_text())
     config["pretrainings"]["base"] = {**loaded, "image": {"size": 28, "channels": 1}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (key,) = make_plan(load_config(config)).artifacts["pretrain"]
-    line = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
-    line += ["--configfile", tmp_path / "config.yaml", "--profile", ROOT / "tests" / "slurm" / "profile"]
-    line += ["--", f"results/pretrain/{key}/record.json"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    said = Demo(tmp_path, config).call("--", f"results/pretrain/{key}/record.json")
     assert "localrule weights:" in said
     assert "has been submitted" not in said
     assert json.loads((tmp_path / "results/pretrain" / key / "record.json").read_text())["sha256"]

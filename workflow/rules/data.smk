@@ -14,7 +14,7 @@ rule data:
         data_root=PLAN.blocks.config.data_root,
     shell:
         "python -m medmask data --config {params.config:q} --data-root {params.data_root:q} --manifest {output.manifest:q}"
-        " --images {output.images:q} --index {output.index:q} --dataset {output.dataset:q} 2>&1 | tee {log:q}"
+        " --images {output.images:q} --index {output.index:q} --dataset {output.dataset:q} 2>&1 | tee -i {log:q}"
 
 
 rule split:
@@ -33,7 +33,7 @@ rule split:
         config=settings("split"),
     shell:
         "python -m medmask split --config {params.config:q} --manifest {input.manifest:q} --dataset {input.dataset:q}"
-        " --split {output.split:q} --summary {output.summary:q} 2>&1 | tee {log:q}"
+        " --split {output.split:q} --summary {output.summary:q} 2>&1 | tee -i {log:q}"
 
 
 rule noise:
@@ -53,4 +53,4 @@ rule noise:
         config=settings("noise"),
     shell:
         "python -m medmask noise --config {params.config:q} --split {input.split:q} --summary {input.summary:q}"
-        " --labels {output.labels:q} --transition {output.transition:q} --figure {output.figure:q} 2>&1 | tee {log:q}"
+        " --labels {output.labels:q} --transition {output.transition:q} --figure {output.figure:q} 2>&1 | tee -i {log:q}"

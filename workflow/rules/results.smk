@@ -21,7 +21,7 @@ rule evaluate:
         "python -m medmask evaluate --config {params.config:q} --images {input.images:q} --index {input.index:q}"
         " --split {input.split:q} --summary {input.summary:q} --model {input.model:q} --best {input.best:q}"
         " --predictions {output.predictions:q} --predictions-best {output.predictions_best:q}"
-        " --metrics {output.metrics:q} 2>&1 | tee {log:q}"
+        " --metrics {output.metrics:q} 2>&1 | tee -i {log:q}"
 
 
 rule runs:
@@ -35,7 +35,7 @@ rule runs:
     params:
         config=lambda wc: json.dumps({"experiment": wc.experiment, "config": PLAN.blocks.raw}),  # rows keep their order
     shell:
-        "python -m medmask runs --config {params.config:q} --runs {output:q} 2>&1 | tee {log:q}"
+        "python -m medmask runs --config {params.config:q} --runs {output:q} 2>&1 | tee -i {log:q}"
 
 
 rule aggregate:
@@ -49,4 +49,4 @@ rule aggregate:
     params:
         arguments=lambda wc: aggregate_arguments(wc.experiment, f"results/{wc.experiment}"),
     shell:
-        "python -m medmask aggregate {params.arguments} 2>&1 | tee {log:q}"
+        "python -m medmask aggregate {params.arguments} 2>&1 | tee -i {log:q}"

@@ -19,7 +19,7 @@ rule weights:
         work="work/{key}",
     shell:
         "python -m medmask pretrain --config {params.config:q} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
 
 
 rule pretrain:
@@ -43,7 +43,7 @@ rule pretrain:
         work="work/{key}",
     shell:
         "python -m medmask pretrain --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
 
 
 rule pretrain_ddp:
@@ -71,7 +71,7 @@ rule pretrain_ddp:
     shell:
         "python -m medmask.launch {params.launch} --work-dir {params.work:q} --"
         " pretrain --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
 
 
 rule finetune:
@@ -95,7 +95,7 @@ rule finetune:
         work="work/{key}",
     shell:
         "python -m medmask finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
 
 
 rule finetune_ddp:
@@ -123,4 +123,4 @@ rule finetune_ddp:
     shell:
         "python -m medmask.launch {params.launch} --work-dir {params.work:q} --"
         " finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee {log:q}"
+        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
