@@ -48,7 +48,7 @@ FILES = {  # what a flag stands for
     "transition": "transition.json: what the noise did to each class",
     "figure": "transition.png",
     "init": "model.safetensors to start from",
-    "teacher": "model.safetensors of a teacher (methods of a later version)",
+    "teacher": "model.safetensors of a teacher (upper_bound)",
     "maps": "saliency maps (methods of a later version)",
     "model": "model.safetensors: weights of the last epoch",
     "best": "best.safetensors: weights of the best epoch on validation",

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from medmask import io
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Evaluation
-from medmask.config.training import AnyFinetuning, Pretraining
+from medmask.config.finetuning import AnyFinetuning
+from medmask.config.training import Pretraining
 from medmask.errors import DataError
 from medmask.evaluation.metrics import Sample
 

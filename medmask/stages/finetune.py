@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medmask.config.training import AnyFinetuning
+from medmask.config.finetuning import AnyFinetuning
 
 CONFIG = AnyFinetuning
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
@@ -13,7 +13,7 @@ TRAINS = True
 
 def run(
     cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float,
-    teacher: Path | None, maps: Path | None, **files: Path | None,
+    maps: Path | None, **files: Path | None,
 ) -> None:  # fmt: skip
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 

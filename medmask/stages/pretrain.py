@@ -21,7 +21,7 @@ def run(cfg: Pretraining, *, work_dir: Path, checkpoint_min: float, **files: Pat
     missing = [name for name in OPTIONAL if name != "init" and files[name] is None]
     if missing:
         raise ConfigError(f"--{', --'.join(missing)}: needed to train with `method: {cfg.method}`")
-    training.train(cfg, work_dir, checkpoint_min, training.Files(**files))  # type: ignore[arg-type]
+    training.train(cfg, work_dir, checkpoint_min, training.Files(**files, teacher=None))  # type: ignore[arg-type]
 
 
 def tidy(work_dir: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from medmask.models.weights import (
     ModelSpec,
     download,
     load_backbone,
+    load_classifier,
     load_source,
     load_strictly,
     read_model,
@@ -52,6 +53,7 @@ class Files:
     summary: Path
     labels: Path
     init: Path | None
+    teacher: Path | None
     model: Path
     best: Path
     history: Path
@@ -80,8 +82,10 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
         with writer(work_dir) if is_main else contextlib.nullcontext() as lease, distributed(cfg.needs.gpu > 0) as ctx:
             check_ranks(cfg, ctx.world)
             reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
-            data = TrainingData(sides["train"], sides["val"], reader)
+            teacher = read_teacher(files.teacher, start.spec)
+            data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher)
             inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
+            inputs |= {"teacher": files.teacher} if files.teacher else {}
             checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs))
             if lease is not None:
                 checkpointer.check = lease.check
@@ -101,7 +105,10 @@ def tidy(work_dir: Path) -> None:
 
 
 def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:
-    """Training and validation rows with the labels that the settings name, and their pixel digests (n,) int64."""
+    """Training, validation and trusted rows with the labels that the settings name, and the digests of their pixels.
+
+    Trusted images have their true labels, and are training images too where `train_on` says so. Digests: (n,) int64.
+    """
     split, _ = read_split(files.split, files.summary, ("position", "sha256"), len(Pack.open(files.images, files.index)))
     labels = read_frame(files.labels, ("image_id", "true_label", "noisy_label"))
     images = labels["image_id"]
@@ -114,14 +121,35 @@ def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, R
     refuse(files.labels, [f"image {name}: label outside 0..{n_classes - 1}" for name in table["image_id"][bad]])
     other = table["image_id"][table["true_label"] != table["label"]]
     refuse(files.labels, [f"image {name}: true_label is not the label in {files.split}" for name in other])
-    sides, digests = {}, []
-    for side, kind in (("train", cfg.train_labels), ("val", cfg.validation_labels)):
-        rows = table[table["side"] == side]
-        sides[side] = Rows(*(rows[name].to_numpy() for name in ("position", f"{kind}_label", "true_label")))
-        digests += [int(text[:16], 16) for text in rows["sha256"]]
-    if not len(sides["train"]):
-        raise DataError(f"{files.split}: no images on the side train")
+    found = {side: table[table["side"] == side] for side in ("train", "val", "meta_set")}
+    labels_of = {"train": cfg.train_labels, "val": cfg.validation_labels, "meta_set": "true"}
+    sides = {
+        side: Rows(*(rows[name].to_numpy() for name in ("position", f"{labels_of[side]}_label", "true_label")))
+        for side, rows in found.items()
+    }
+    if missing := [side for side in cfg.train_on if not len(sides[side])]:
+        raise DataError(f"{files.split}: no images on the side {' or '.join(missing)}")
+    sides["train"] = joined([sides[side] for side in cfg.train_on])
+    used = {*cfg.train_on, "val", *(["meta_set"] if hasattr(cfg, "meta") else [])}
+    digests = [int(text[:16], 16) for side in found if side in used for text in found[side]["sha256"]]
     return sides, np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def joined(parts: list[Rows]) -> Rows:
+    return Rows(*(np.concatenate([getattr(rows, item.name) for rows in parts]) for item in fields(Rows)))
+
+
+def read_teacher(path: Path | None, spec: ModelSpec) -> Classifier | None:
+    """The network that teaches, frozen; it must know the same classes and be given the same images."""
+    if path is None:
+        return None
+    network, own, _ = load_classifier(path)
+    for name in ("classes", "image"):
+        if getattr(own, name) != getattr(spec, name):
+            raise ConfigError(
+                f"teacher: {path} has other {name} than this training: {getattr(own, name)}, not {getattr(spec, name)}"
+            )
+    return network.requires_grad_(False)
 
 
 def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:

@@ -86,16 +86,17 @@ class Run:
         self.cfg, self.data, self.execution = cfg, data, execution
         self.ctx = ctx = execution.ctx
         self.plan = Plan(cfg, len(data.train), ctx.world)
-        self.parts = Parts(self.plan, data.train, data.reader, ctx.rank, method.needs_truth)
+        self.parts = Parts(self.plan, data, ctx.rank, method)
         # convolutions are a fifth faster with the channels last, on a CPU too
         self.method = method.to(ctx.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if ctx.world > 1 and cfg.sync_bn:
-            convert_batchnorm(self.method, ctx.device)
+            convert_batchnorm(self.method, ctx.device, forward_mode=method.needs_meta_set)
         groups = self.method.param_groups()
         self.trained = [parameter for group in groups.values() for parameter in group]
         if not self.trained:
             raise ConfigError("freeze: nothing is left to train")
         self.optimizers = build_optimizers(cfg, groups)
+        self.method.setup(data, ctx, self.optimizers)
         self.state = self.restore()
         self.model: nn.Module = self.method
         if ctx.world > 1:

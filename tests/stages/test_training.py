@@ -70,7 +70,7 @@ def test_the_model_file_says_what_it_is_and_what_it_has_seen(trained, data):
 
 
 def test_labels_are_those_that_the_settings_name(data):
-    files = training.Files(**data, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
     table = np.array([line.split(",")[1:3] for line in data["labels"].read_text().splitlines()[1:]]).astype(int)
     noisy, _ = training.read_sides(settings(), files, 2)
     true, _ = training.read_sides(settings(train_labels="true", validation_labels="true"), files, 2)
@@ -85,7 +85,7 @@ def test_rows_keep_the_order_of_the_split_file_and_find_their_labels_by_id(tmp_p
     files = write_data(tmp_path)
     header, *rows = files["split"].read_text().splitlines()
     files["split"].write_text("\n".join([header, *rows[::-1]]) + "\n")
-    files = training.Files(**files, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    files = training.Files(**files, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
     sides, _ = training.read_sides(settings(train_labels="true"), files, 2)
     assert sides["train"].positions.tolist() == list(range(33, -1, -1))
     assert sides["train"].labels.tolist() == [i % 2 for i in range(33, -1, -1)]
@@ -242,3 +242,45 @@ def test_from_the_command_line(tmp_path, data, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == f"medmask finetune: error: {line}"
     assert (tmp_path / "work" / "refused").read_text() == line + "\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+
+
+def flags_of(folder: Path, data: dict[str, Path], **more: Path) -> list[str]:
+    files = {**data, **more, **{name: folder / "out" / file for name, file in OUTPUTS.items()}, "work-dir": folder / "work"}
+    return [text for name, path in files.items() for text in (f"--{name.replace('_', '-')}", str(path))]
+
+
+@pytest.mark.parametrize("method", ["reweight", "refurbish", "proposal"])
+def test_methods_with_a_meta_set_from_the_command_line(tmp_path, method, capsys):
+    data = write_data(tmp_path / "data", n_meta=6)
+    cfg = {**SETTINGS, "method": method, "epochs": 1}
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path / "a", data)]) == 0
+    _, spec, seen = load_classifier(tmp_path / "a/out/model.safetensors")
+    assert (spec.n_classes, len(seen)) == (2, 54)  # the trusted images count as seen
+    data = write_data(tmp_path / "data")
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path / "b", data)]) == 2
+    assert f"method: {method} needs trusted images and the split has none: set `meta_set`" in capsys.readouterr().err
+
+
+def test_the_upper_bound_from_the_command_line(tmp_path, trained, capsys):
+    data = write_data(tmp_path / "data", n_meta=6)
+    command = ["finetune", "--config", json.dumps({**SETTINGS, "method": "upper_bound", "epochs": 1})]
+    assert cli.main([*command, *flags_of(tmp_path / "a", data, teacher=trained["model"])]) == 0
+    assert cli.main([*command, *flags_of(tmp_path / "b", data)]) == 2
+    assert "teacher: needed by `method: upper_bound`, none was given" in capsys.readouterr().err
+    data = write_data(tmp_path / "three", n_meta=6, n_classes=3)
+    assert cli.main([*command, *flags_of(tmp_path / "c", data, teacher=trained["model"])]) == 2
+    assert "has other classes than this training: ['c0', 'c1'], not ['c0', 'c1', 'c2']" in capsys.readouterr().err
+
+
+def test_sides_to_train_on(tmp_path):
+    files = training.Files(
+        **write_data(tmp_path, n_meta=6), init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()}
+    )
+    (alone, few), (pooled, all_) = (
+        training.read_sides(settings(train_on=sides), files, 2) for sides in (["meta_set"], ["train", "meta_set"])
+    )
+    assert alone["train"].positions.tolist() == list(range(48, 54))
+    assert pooled["train"].positions.tolist() == [*range(34), *range(48, 54)]
+    assert (len(few), len(all_)) == (14 + 6, 54)
+    assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 6
+    assert (alone["train"].labels == alone["train"].true_labels).all()
