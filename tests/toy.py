@@ -106,13 +106,14 @@ class StopAfter:
 
 def run_fit(
     cfg: Any, data: TrainingData, work: Path, *,
-    network: Classifier | None = None, ctx: DistContext | None = None, stop: Any = None,
+    network: Classifier | None = None, ctx: DistContext | None = None, stop: Any = None, with_memory: bool = False,
 ) -> tuple[dict[str, torch.Tensor], State]:  # fmt: skip
-    """Train a tiny network; weights after the last epoch, and the state."""
+    """Train a tiny network; weights after the last epoch, and the memory of the images if wanted, and the state."""
     method = build_method(cfg.method, network or tiny_network(), cfg)
     extra = {} if stop is None else {"stop": stop}
     state = fit(cfg, method, data, Execution(ctx or DistContext(), Checkpointer(work, "k"), work, **extra))
-    return {name: value.clone() for name, value in method.export().items()}, state
+    memory = {f"memory.{name}": value for name, value in method.memory().items()} if with_memory else {}
+    return {name: value.clone() for name, value in {**method.export(), **memory}.items()}, state
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

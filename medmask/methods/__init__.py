@@ -5,6 +5,8 @@ from typing import Any
 
 from medmask.errors import lookup
 from medmask.methods.base import Method
+from medmask.methods.elr import ELR
+from medmask.methods.gce import GCE
 from medmask.methods.meta_learning import MetaLearning
 from medmask.methods.supervised import Supervised
 from medmask.models.backbones import Classifier
@@ -15,6 +17,8 @@ METHODS: dict[str, Callable[[Classifier, Any], Method]] = {
     "refurbish": MetaLearning,
     "proposal": MetaLearning,
     "upper_bound": MetaLearning,
+    "gce": GCE,
+    "elr": ELR,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from medmask.errors import ConfigError
 
@@ -38,6 +39,13 @@ class Gather(torch.autograd.Function):
         return all_gather(tangent)
 
 
+def gather(values: Tensor) -> Tensor:
+    """`Gather`, open to tensors of another kind, as those of `meta_gradient` that carry a tangent."""
+    if has_torch_function_unary(values):
+        return handle_torch_function(gather, (values,), values)
+    return Gather.apply(values)
+
+
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose training statistics are those of all ranks' batches together, whatever their sizes."""
 
@@ -49,7 +57,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         values = input if input.dtype == torch.float64 else input.float()
         count, mean, variance = global_statistics(values)
-        self.update_running(count, mean.detach(), variance.detach())
+        self.update_running(count.detach(), mean.detach(), variance.detach())
         scale = torch.rsqrt(variance + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
@@ -73,7 +81,7 @@ def global_statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     own_variance, own_mean = torch.var_mean(values, [0, *range(2, values.dim())], correction=0)
     own_count = values.new_full((1,), values.numel() / values.shape[1])
-    parts = Gather.apply(torch.cat([own_count, own_mean, own_variance]))  # (R, 1 + 2 C)
+    parts = gather(torch.cat([own_count, own_mean, own_variance]))  # (R, 1 + 2 C)
     shares, means, variances = parts.split([1, len(own_mean), len(own_mean)], dim=1)
     count = shares.sum()
     shares = shares / count
