@@ -54,6 +54,8 @@ FILES = {  # what a flag stands for
     "best": "best.safetensors: weights of the best epoch on validation",
     "history": "history.jsonl: losses and validation numbers by step",
     "record": "record.json: epochs, time, best epoch, notes",
+    "weights": "weights.csv: weight and trust of each training image, by epoch (header only where a method has none)",
+    "soft_labels": "soft_labels.csv: last target of each training image (header only where a method keeps none)",
     "predictions": "predictions.csv: of the last epoch, one row a test image",
     "predictions_best": "predictions_best.csv: of the best epoch",
     "metrics": "metrics.json: metrics with intervals, by test set",
@@ -125,6 +127,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
         parser.add_argument(flag(name), type=Path, help=f"input, if any, {FILES.get(name, name)}")
     for name in stage.OUTPUTS:
         parser.add_argument(flag(name), type=Path, required=True, help=f"output, {FILES.get(name, name)}")
+    for name in getattr(stage, "OPTIONAL_OUTPUTS", ()):
+        parser.add_argument(flag(name), type=Path, help=f"output, if wanted, {FILES.get(name, name)}")
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         parser.add_argument("--data-root", type=Path, required=True, help="folder that holds the datasets")
     if getattr(stage, "TRAINS", False):
@@ -145,7 +149,8 @@ def run_stage(args: argparse.Namespace) -> None:
         more["data_root"] = args.data_root
     if getattr(stage, "TRAINS", False):
         more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
-    targets = {name: getattr(args, name) for name in stage.OUTPUTS}
+    more_outputs = [name for name in getattr(stage, "OPTIONAL_OUTPUTS", ()) if getattr(args, name) is not None]
+    targets = {name: getattr(args, name) for name in (*more_outputs, *stage.OUTPUTS)}  # the record comes last
     record = {
         "stage": args.command,
         **io.provenance(),

@@ -57,13 +57,13 @@ class Block(BaseModel):
     def apply_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("mode") != "as_published":
             return given
-        preset = cls.published(given)
+        preset = cls.preset(given)
         inner = {key: {**preset[key], **given[key]} for key in preset if both_dicts(preset[key], given.get(key))}
         return {**preset, **given, **inner}
 
     @classmethod
-    def published(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The preset; for a class where it depends on the keys given, another one."""
+    def preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What `mode: as_published` sets; for a class where it depends on the keys given, another one."""
         return cls.PUBLISHED
 
 

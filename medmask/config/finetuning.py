@@ -125,7 +125,7 @@ class Refurbish(MetaLearning):
     reduction: Literal["mean", "sum"] = Field("mean", description="of the losses over the batch")
 
     @classmethod
-    def published(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def preset(cls, given: dict[str, Any]) -> dict[str, Any]:
         soft = {**META_PUBLISHED, "reduction": "sum", "clip_norm": None, "meta": {"scope": "rank"}}
         return cls.PUBLISHED if given.get("targets") == "hard" else soft
 

@@ -120,7 +120,9 @@ class Training(Block):
     select: Literal["balanced_accuracy", "accuracy", "loss"] = Field(
         "balanced_accuracy", description="validation number that chooses the best epoch"
     )
-    record_every: Int = Field(5, ge=1, description="epochs between tables of what is known of each image; the last has one")
+    record_every: Int = Field(
+        5, ge=1, description="epochs between tables of what is known of each image; the last has one"
+    )
     ranks: Int = Field(1, ge=1, description="processes; no part of the key while `sync_bn` is on")
     workers: Int = Field(0, ge=0, description="loading processes a rank; no part of any key")
     needs: Needs = Field(Needs(), description="see below; no part of any key")

@@ -99,6 +99,12 @@ class Run:
         path = self.path(stage, "history.jsonl")
         return list(json_lines(path)) if path and path.exists() else []
 
+    def weights(self) -> pd.DataFrame:
+        """What the finetuning gave each training image: epoch, weight, trust, is_flipped; empty without such a file."""
+        path = self.path("finetune", "weights.csv")
+        there = path is not None and path.exists()
+        return pd.read_csv(path, dtype={"image_id": str}) if there else pd.DataFrame({"epoch": []})
+
     def score(self, selection: str, test_set: str) -> dict[str, Any]:
         """The run's numbers on a test set; empty where there are none."""
         return self.metrics[selection].get(test_set, {}) if self.metrics else {}

@@ -148,7 +148,10 @@ class Method(nn.Module):
     def after_step(self, clock: Clock, ctx: Ranks) -> None:
         """Called after each optimizer step: put what the ranks have noted into the memories of all."""
         for rows, values in self.steps_taken:
-            columns = [rows.double()[:, None], *(value.flatten(1).double() for value in map(as_columns, values.values()))]
+            columns = [
+                rows.double()[:, None],
+                *(value.flatten(1).double() for value in map(as_columns, values.values())),
+            ]
             table = torch.cat(columns, dim=1)
             if ctx.world > 1:
                 table = ctx.gather_rows(table, self.most).flatten(0, 1)

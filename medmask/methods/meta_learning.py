@@ -42,7 +42,9 @@ class MetaLearning(Method):
         if self.has_teacher:
             if data.teacher is None:
                 raise ConfigError("teacher: needed by `method: upper_bound`, none was given")
-            self.teacher = (data.teacher.to(ctx.device).eval(),)  # in a tuple: no part of the state, never in train mode
+            self.teacher = (
+                data.teacher.to(ctx.device).eval(),
+            )  # in a tuple: no part of the state, never in train mode
         if self.weighs:
             self.keep("weight", torch.full((n,), unknown))
         if self.refurbishes:
@@ -135,7 +137,7 @@ class MetaLearning(Method):
 
     def notes(self) -> list[str]:
         n = int(self.empty_steps)
-        return [f"in {n} steps all weights were 0, so that nothing was learnt from their images"] if n else []
+        return [f"all weights of {n} steps were 0: nothing was learnt from their images"] if n else []
 
 
 def at_least_float32(values: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ CONFIG = AnyFinetuning
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
 OPTIONAL: tuple[str, ...] = ("init", "teacher", "maps")
 OUTPUTS: tuple[str, ...] = ("model", "best", "history", "record")
+OPTIONAL_OUTPUTS: tuple[str, ...] = ("weights", "soft_labels")
 TRAINS = True
 
 

@@ -33,11 +33,13 @@ from medmask.models.weights import (
     read_model,
     save_model,
 )
+from medmask.stages.learnt import flip_notes, write_soft_labels, write_weights
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
 from medmask.train.lease import writer
 from medmask.train.loader import Rows, TrainingData
+from medmask.train.per_image import FOLDER
 from medmask.train.signals import watch_signals
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Files:
     best: Path
     history: Path
     record: Path
+    weights: Path | None = None
+    soft_labels: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,22 @@ def train(cfg: Any, work_dir: Path, checkpoint_min: float, files: Files) -> None
             if ctx.is_main:
                 write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
                 shutil.copyfile(work_dir / "history.jsonl", files.history)
+                if files.weights is not None:
+                    write_weights(files.weights, files.split, data.train, work_dir, cfg)
+                if files.soft_labels is not None:
+                    write_soft_labels(
+                        files.soft_labels, files.split, data.train, method.memory().get("targets"), classes
+                    )
+                start.notes.extend(method.notes() + flip_notes(method, data.train))
                 io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
                 checkpointer.check()
             ctx.barrier()
 
 
 def tidy(work_dir: Path) -> None:
-    """Remove the checkpoints, once the outputs stand."""
+    """Remove the checkpoints, and the tables that `weights.csv` holds, once the outputs stand."""
     Checkpointer(work_dir, "").clear()
+    shutil.rmtree(work_dir / FOLDER, ignore_errors=True)
 
 
 def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:

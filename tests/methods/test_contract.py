@@ -23,7 +23,9 @@ def name(request):
 def batch_of(n: int = 6) -> Batch:
     labels = torch.arange(n) % 2
     images = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Batch(images, labels, torch.arange(n), true_labels=labels, meta=Batch(images[:2], labels[:2], torch.arange(2)))
+    return Batch(
+        images, labels, torch.arange(n), true_labels=labels, meta=Batch(images[:2], labels[:2], torch.arange(2))
+    )
 
 
 @pytest.fixture

@@ -173,7 +173,10 @@ def linear_step(labels, weights, clean_label=0):
     method.setup(TrainingData(side, side, None, side, 2), DistContext(), build_optimizers(cfg, method.param_groups()))
     one = torch.ones(1, 1)
     batch = Batch(
-        one.expand(2, 1), torch.tensor(labels), torch.arange(2), meta=Batch(one, torch.tensor([clean_label]), torch.zeros(1))
+        one.expand(2, 1),
+        torch.tensor(labels),
+        torch.arange(2),
+        meta=Batch(one, torch.tensor([clean_label]), torch.zeros(1)),
     )
     out = method(batch, Clock(0, 0, 0, 0.0))
     method.after_step(Clock(0, 0, 0, 0.0), DistContext())

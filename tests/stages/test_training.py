@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -245,7 +246,12 @@ def test_from_the_command_line(tmp_path, data, capsys):
 
 
 def flags_of(folder: Path, data: dict[str, Path], **more: Path) -> list[str]:
-    files = {**data, **more, **{name: folder / "out" / file for name, file in OUTPUTS.items()}, "work-dir": folder / "work"}
+    files = {
+        **data,
+        **more,
+        **{name: folder / "out" / file for name, file in OUTPUTS.items()},
+        "work-dir": folder / "work",
+    }
     return [text for name, path in files.items() for text in (f"--{name.replace('_', '-')}", str(path))]
 
 
@@ -274,7 +280,10 @@ def test_the_upper_bound_from_the_command_line(tmp_path, trained, capsys):
 
 def test_sides_to_train_on(tmp_path):
     files = training.Files(
-        **write_data(tmp_path, n_meta=6), init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()}
+        **write_data(tmp_path, n_meta=6),
+        init=None,
+        teacher=None,
+        **{name: Path(file) for name, file in OUTPUTS.items()},
     )
     (alone, few), (pooled, all_) = (
         training.read_sides(settings(train_on=sides), files, 2) for sides in (["meta_set"], ["train", "meta_set"])
@@ -284,3 +293,30 @@ def test_sides_to_train_on(tmp_path):
     assert (len(few), len(all_)) == (14 + 6, 54)
     assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 6
     assert (alone["train"].labels == alone["train"].true_labels).all()
+
+
+def test_what_was_learnt_of_the_images(tmp_path):
+    data = write_data(tmp_path / "data", n_meta=6)
+    more = {"weights": tmp_path / "out" / "weights.csv", "soft-labels": tmp_path / "out" / "soft_labels.csv"}
+    cfg = {**SETTINGS, "method": "proposal", "targets": "soft", "record_every": 2, "epochs": 3}
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path, data, **more)]) == 0
+    weights = pd.read_csv(more["weights"])
+    assert list(weights.columns) == ["image_id", "epoch", "weight", "trust", "is_flipped"]
+    assert weights["epoch"].value_counts().to_dict() == {2: 34, 3: 34}
+    assert weights["image_id"].tolist()[:34] == [f"i{k}" for k in range(34)]
+    assert weights[weights["is_flipped"] == 1]["image_id"].unique().tolist() == [f"i{k}" for k in range(0, 34, 6)]
+    assert weights["trust"].between(0, 1).all()
+    soft = pd.read_csv(more["soft-labels"])
+    assert list(soft.columns) == ["image_id", "prob_c0", "prob_c1"]
+    assert soft[["prob_c0", "prob_c1"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(34), abs=1e-5)
+    assert not (tmp_path / "work" / "per_image").exists()
+    assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(tmp_path, data, **more)]) == 0
+    assert [path.read_text().count("\n") for path in more.values()] == [1, 1]
+
+
+def test_a_note_where_no_label_is_flipped(tmp_path):
+    data = write_data(tmp_path / "data", n_meta=6)
+    cfg = settings(method="reweight", train_labels="true", epochs=1)
+    record = json.loads(run(tmp_path / "a", data, cfg=cfg)["record"].read_text())
+    note = "no training label is flipped, so nothing is said on how well weights or trusts find them"
+    assert note in record["notes"]
