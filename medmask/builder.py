@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
-from medmask.config.load import Blocks
 from medmask.config.finetuning import Source
+from medmask.config.load import Blocks
 from medmask.config.training import Training, Weights
 from medmask.errors import ConfigError, lookup
 from medmask.grid import Cell, cells

@@ -74,7 +74,8 @@ class Meta(Block):
     )
     scope: Literal["global", "rank"] = Field(
         "global",
-        description="global: one trusted batch for all ranks, weights and sums over the batch of all; rank: each of its own",
+        description="global: one trusted batch for all ranks, and weights and sums over the batch of all; "
+        "rank: each rank for itself",
     )
 
 
@@ -90,7 +91,8 @@ class MetaLearning(Finetuning):
     meta: Meta = Field(Meta(), description="see below")
     rescale: Literal["none", "lr", "std"] = Field(
         "std",
-        description="before a sigmoid, the agreement with the trusted batch: as it is, over `lr`, or standardised over the batch",
+        description="agreement with the trusted batch, before a sigmoid: as it is, over `lr`, or standardised over "
+        "the batch",
     )
     epsilon: Float = Field(0.0, ge=0, description="added to the sum of weights, and to probabilities of soft targets")
 
@@ -140,7 +142,7 @@ class Proposal(MetaLearning):
     blend: Literal["loss", "choose", "index"] = Field("loss", description="as for refurbish")
     alternate: bool = Field(
         False,
-        description="even steps renew the weights, odd ones the trust; the other is that of the images of the step before",
+        description="even steps renew the weights, odd ones the trust; the other is that of the step before's images",
     )
 
     @model_validator(mode="after")

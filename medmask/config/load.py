@@ -9,8 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from medmask.config.base import STAGES, Block
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Config, Evaluation
-from medmask.config.messages import explain
 from medmask.config.finetuning import AnyFinetuning, SaliencyMaps
+from medmask.config.messages import explain
 from medmask.config.training import Pretraining
 from medmask.errors import ConfigError, lookup
 

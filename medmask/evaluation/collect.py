@@ -102,8 +102,9 @@ class Run:
     def weights(self) -> pd.DataFrame:
         """What the finetuning gave each training image: epoch, weight, trust, is_flipped; empty without such a file."""
         path = self.path("finetune", "weights.csv")
-        there = path is not None and path.exists()
-        return pd.read_csv(path, dtype={"image_id": str}) if there else pd.DataFrame({"epoch": []})
+        if path is None or not path.exists():
+            return pd.DataFrame({"epoch": []})
+        return pd.read_csv(path, dtype={"image_id": str})
 
     def score(self, selection: str, test_set: str) -> dict[str, Any]:
         """The run's numbers on a test set; empty where there are none."""

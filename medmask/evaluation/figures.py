@@ -205,8 +205,8 @@ def weights_figure(cells: Sequence[Cell]) -> Figure:
         for is_flipped, label in ((0, "label kept"), (1, "label flipped")):
             part = np.clip(values[values[:, 1] == is_flipped, 0], None, edges[-1])  # the last bar: all above, too
             if len(part):
-                share = np.full(len(part), 1 / len(part))
-                ax.hist(part, edges, weights=share, histtype="step", color=COLOURS[is_flipped], label=label, lw=1.5)
+                style: Any = {"histtype": "step", "color": COLOURS[is_flipped], "label": label, "lw": 1.5}
+                ax.hist(part, edges.tolist(), weights=np.full(len(part), 1 / len(part)), **style)
         ax.set_title(wrapped(title, 32))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supylabel("share of the images")

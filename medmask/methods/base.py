@@ -102,7 +102,7 @@ class Method(nn.Module):
         self.keep("predicted", torch.full((len(positions),), float("nan")))
 
     def keep(self, name: str, values: Tensor) -> None:
-        """Add a memory by training image, (n, ...) float32: part of checkpoints, after each step the same on all ranks."""
+        """Add a memory by training image, (n, ...) float32: in checkpoints, after each step the same on all ranks."""
         self.register_buffer(f"memory_{name}", values.float().to(self.ctx.device))
 
     def memory(self) -> dict[str, Tensor]:
@@ -114,7 +114,12 @@ class Method(nn.Module):
         """Note values of a batch's images, (N, ...), for the memories of these names."""
         if self.row_of is not None:
             kept = {name: value.detach().float() for name, value in values.items()}
-            self.steps_taken.append((self.row_of[batch.positions], kept))
+            self.steps_taken.append((self.rows(batch), kept))
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Rows of the training side of a batch's images, (N,)."""
+        assert self.row_of is not None
+        return self.row_of[batch.positions]
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Disjoint lists of the parameters to train, one optimizer a name."""

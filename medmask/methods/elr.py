@@ -18,7 +18,7 @@ LEAST = 1e-4  # probabilities are kept between this and 1 minus this
 
 
 class ELR(Method):
-    """Cross-entropy plus `strength` times the mean of log(1 - <t, p>), t a running mean of the image's predictions p."""
+    """Cross-entropy plus `strength` times the mean of log(1 - <t, p>), t a running mean of an image's predictions p."""
 
     memory_targets: Tensor
 
@@ -33,7 +33,7 @@ class ELR(Method):
     def training_step(self, batch: Batch, clock: Clock) -> StepOutput:
         logits = self.network(batch.images)
         probs = logits.float().softmax(1).clamp(LEAST, 1 - LEAST)
-        targets = renewed(self.memory_targets[self.row_of[batch.positions]], probs.detach(), self.cfg.memory)
+        targets = renewed(self.memory_targets[self.rows(batch)], probs.detach(), self.cfg.memory)
         self.remember(batch, predicted=logits.argmax(1), targets=targets)
         regulariser = early_learning(targets, probs).mean()
         loss = functional.cross_entropy(logits, batch.labels) + self.cfg.strength * regulariser

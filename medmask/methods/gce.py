@@ -1,4 +1,4 @@
-"""Generalised cross-entropy: between cross-entropy, which fits wrong labels, and the absolute error, which learns slowly.
+"""Generalised cross-entropy: between cross-entropy, which fits wrong labels, and absolute error, which learns slowly.
 
 Source: Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836. Differs: without the truncated form and its pruning.
 """

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.nn import functional
 
 from medmask.errors import ConfigError
@@ -24,6 +24,8 @@ class MetaLearning(Method):
 
     needs_meta_set = True
     memory_targets: Tensor
+    before: Tensor
+    teacher: tuple[nn.Module]
 
     def __init__(self, network: Classifier, cfg: Any) -> None:
         super().__init__()
@@ -79,6 +81,7 @@ class MetaLearning(Method):
         """The targets (N, K) before any blending: given labels, those of flipped images by the teacher."""
         if not self.has_teacher:
             return given
+        assert batch.true_labels is not None
         with torch.no_grad():
             probs = self.teacher[0](batch.images).softmax(1).to(given.dtype)
         taught = probs if self.is_soft else functional.one_hot(probs.argmax(1), probs.shape[1]).to(given.dtype)
@@ -116,7 +119,7 @@ class MetaLearning(Method):
 
     def take_turns(self, weight: Tensor, trust: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
         """At even steps of an epoch new weights and the trusts of the step before, at odd ones the other way round."""
-        renewed, stale = (0, 1) if clock.step_in_epoch % 2 == 0 else (1, 0)
+        stale = 1 if clock.step_in_epoch % 2 == 0 else 0
         new = torch.stack([weight, trust])
         start = len(weight) * self.ctx.rank  # all ranks have as many
         new[stale] = self.before[stale, start : start + len(weight)]
@@ -126,7 +129,7 @@ class MetaLearning(Method):
     def blend(self, batch: Batch, given: Tensor, logits: Tensor, trust: Tensor) -> Tensor:
         """Targets (N, K) between the labels given and the network's own prediction."""
         if self.is_soft:
-            table = self.memory_targets[self.row_of[batch.positions]].to(given.dtype)
+            table = self.memory_targets[self.rows(batch)].to(given.dtype)
             return blend_soft(table, logits.softmax(1).to(given.dtype), trust)
         return blend_hard(given, logits.argmax(1), trust, self.cfg.blend)
 

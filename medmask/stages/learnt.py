@@ -21,8 +21,9 @@ def write_weights(path: Path, split: Path, side: Rows, work_dir: Path, cfg: Trai
     for epoch in recorded_epochs(work_dir, cfg.record_every, cfg.epochs):
         table = pd.read_csv(table_of(work_dir, epoch), dtype=str, keep_default_na=False)
         for row in table.to_dict("records"):
-            place = int(row.pop("position"))
-            rows.append({"image_id": names[place], "epoch": epoch, **row, "is_flipped": int(is_flipped[place])})
+            place = int(row["position"])
+            values = {name: row[name] for name in COLUMNS}
+            rows.append({"image_id": names[place], "epoch": epoch, **values, "is_flipped": int(is_flipped[place])})
     io.write_csv(path, ("image_id", "epoch", *COLUMNS, "is_flipped"), rows)
 
 

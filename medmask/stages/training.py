@@ -134,6 +134,8 @@ def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, R
     other = table["image_id"][table["true_label"] != table["label"]]
     refuse(files.labels, [f"image {name}: true_label is not the label in {files.split}" for name in other])
     found = {side: table[table["side"] == side] for side in ("train", "val", "meta_set")}
+    if "in_meta_set" in table:  # trusted, and on another side too
+        found["meta_set"] = table[(table["side"] == "meta_set") | (table["in_meta_set"] == 1)]
     labels_of = {"train": cfg.train_labels, "val": cfg.validation_labels, "meta_set": "true"}
     sides = {
         side: Rows(*(rows[name].to_numpy() for name in ("position", f"{labels_of[side]}_label", "true_label")))
@@ -141,10 +143,17 @@ def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, R
     }
     if missing := [side for side in cfg.train_on if not len(sides[side])]:
         raise DataError(f"{files.split}: no images on the side {' or '.join(missing)}")
+    if {"train", "meta_set"} <= set(cfg.train_on):  # an image that is on both counts once, with its true label
+        sides["train"] = without(sides["train"], sides["meta_set"].positions)
     sides["train"] = joined([sides[side] for side in cfg.train_on])
     used = {*cfg.train_on, "val", *(["meta_set"] if hasattr(cfg, "meta") else [])}
     digests = [int(text[:16], 16) for side in found if side in used for text in found[side]["sha256"]]
     return sides, np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def without(rows: Rows, positions: np.ndarray) -> Rows:
+    kept = ~np.isin(rows.positions, positions)
+    return Rows(*(getattr(rows, item.name)[kept] for item in fields(Rows)))
 
 
 def joined(parts: list[Rows]) -> Rows:

@@ -159,6 +159,10 @@ def test_published_clean_images_that_are_on_another_side(manifest):
     keys = {"kind": "lists", "mode": "as_published", "train": "sub5000_train", "test": "sub1250_test"}
     _, summary = split(manifest, **keys, meta_set={"list": "clean"})
     assert summary["sides"]["meta_set"]["n"] == 125 - 21 - 6
+    assert summary["shared_meta_set"] == {"train": 21, "test": 6}
+    assert "Of 125 images of the meta set 21 on the side train and 6 on the side test too: kept" in " ".join(
+        summary["notes"]
+    )
     _, summary = split(manifest, **keys, meta_set={"list": "sub_clean"})
     assert summary["sides"]["meta_set"]["n"] == 5
 
@@ -185,12 +189,11 @@ def linear_step(labels, weights, clean_label=0):
 
 @pytest.mark.parametrize(("weights", "expected"), [("clamp", [1, 0]), ("sigmoid", [0.5125, 0.4875])])
 def test_fact_1_weights_of_a_linear_net(weights, expected):
-    method, found, loss = linear_step([0, 1], weights)
+    _, found, loss = linear_step([0, 1], weights)
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
     assert float(loss.detach()) == pytest.approx(np.log(2))  # sum of w_i CE_i, both CE log 2
-    batch_agreement = torch.logit(found.double()) if weights == "sigmoid" else None
-    if batch_agreement is not None:  # the two sigmoids sum to 1 already
-        assert batch_agreement.tolist() == pytest.approx([0.05, -0.05], abs=1e-5)
+    if weights == "sigmoid":  # the two sigmoids sum to 1 already
+        assert torch.logit(found.double()).tolist() == pytest.approx([0.05, -0.05], abs=1e-5)
 
 
 def test_fact_2_targets_between_class_numbers():

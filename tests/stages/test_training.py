@@ -295,6 +295,21 @@ def test_sides_to_train_on(tmp_path):
     assert (alone["train"].labels == alone["train"].true_labels).all()
 
 
+def test_trusted_images_that_are_training_images_too(tmp_path):
+    data = write_data(tmp_path, n_meta=2)
+    header, *rows = data["split"].read_text().splitlines()
+    rows = [f"{row},{int(row.startswith(('i0,', 'i4,', 'i47,')))}" for row in rows]
+    data["split"].write_text("\n".join([f"{header},in_meta_set", *rows]) + "\n")
+    files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    sides, _ = training.read_sides(settings(), files, 2)
+    assert sides["meta_set"].positions.tolist() == [0, 4, 47, 48, 49]
+    assert (sides["meta_set"].labels == sides["meta_set"].true_labels).all()
+    assert (len(sides["train"]), sides["train"].labels[0] == sides["train"].true_labels[0]) == (34, False)
+    pooled, _ = training.read_sides(settings(train_on=["train", "meta_set"]), files, 2)
+    assert sorted(pooled["train"].positions) == [*range(34), 47, 48, 49]
+    assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 5
+
+
 def test_what_was_learnt_of_the_images(tmp_path):
     data = write_data(tmp_path / "data", n_meta=6)
     more = {"weights": tmp_path / "out" / "weights.csv", "soft-labels": tmp_path / "out" / "soft_labels.csv"}
