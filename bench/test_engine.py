@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from medmask.config.training import SupervisedFinetuning
+from medmask.config.finetuning import SupervisedFinetuning
 from medmask.data.images import ImageReader
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
+from medmask.config.finetuning import Source
 from medmask.config.load import Blocks
-from medmask.config.training import Source, Training, Weights
+from medmask.config.training import Training, Weights
 from medmask.errors import ConfigError, lookup
 from medmask.grid import Cell, cells
 
@@ -122,7 +123,9 @@ class Builder:
             raise ConfigError(
                 f"{where}.freeze: {block.freeze} would keep random weights: {cell.where()} starts from none"
             )
-        if (teacher := getattr(block, "teacher", None)) is not None:
+        if "teacher" in type(block).model_fields:
+            if (teacher := block.teacher) is None:
+                raise ConfigError(f"{where}.teacher: needed by `method: {block.method}`")
             inputs["teacher"] = self.network(self.resolve(cell, teacher, "finetune"), seed, path)
         if block.masks is not None:
             if init is None:
@@ -140,6 +143,11 @@ class Builder:
         if block.data is not None:
             cell = cell.with_blocks(**block.data.model_dump())
         data = self.data(cell, seed)
+        if (hasattr(block, "meta") or "meta_set" in block.train_on) and not data["split"].settings.get("meta_set"):
+            raise ConfigError(
+                f"splits.{cell.split}.meta_set: a needed key is missing: {cell.where()} trains with trusted images "
+                f"({block.method}, train_on {', '.join(block.train_on)})"  # type: ignore[attr-defined]
+            )
         init = models.get("init")
         trained = {(self.source(cell), data["data"].digest, data["split"].digest)}
         ignore = {"backbone"} if init else set()

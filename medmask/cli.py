@@ -52,12 +52,14 @@ FILES = {  # what a flag stands for
     "transition": "transition.json: what the noise did to each class",
     "figure": "transition.png",
     "init": "model.safetensors to start from",
-    "teacher": "model.safetensors of a teacher (methods of a later version)",
+    "teacher": "model.safetensors of a teacher (upper_bound)",
     "maps": "saliency maps (methods of a later version)",
     "model": "model.safetensors: weights of the last epoch",
     "best": "best.safetensors: weights of the best epoch on validation",
     "history": "history.jsonl: losses and validation numbers by step",
     "record": "record.json: epochs, time, best epoch, notes",
+    "weights": "weights.csv: weight and trust of each training image, by epoch (header only where a method has none)",
+    "soft_labels": "soft_labels.csv: last target of each training image (header only where a method keeps none)",
     "predictions": "predictions.csv: of the last epoch, one row a test image",
     "predictions_best": "predictions_best.csv: of the best epoch",
     "metrics": "metrics.json: metrics with intervals, by test set",
@@ -129,6 +131,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
         parser.add_argument(flag(name), type=Path, help=f"input, if any, {FILES.get(name, name)}")
     for name in stage.OUTPUTS:
         parser.add_argument(flag(name), type=Path, required=True, help=f"output, {FILES.get(name, name)}")
+    for name in getattr(stage, "OPTIONAL_OUTPUTS", ()):
+        parser.add_argument(flag(name), type=Path, help=f"output, if wanted, {FILES.get(name, name)}")
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         parser.add_argument("--data-root", type=Path, required=True, help="folder that holds the datasets")
     if getattr(stage, "TRAINS", False):
@@ -147,7 +151,7 @@ def run_stage(args: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         more["data_root"] = args.data_root
-    targets = {name: getattr(args, name) for name in stage.OUTPUTS}
+    targets = outputs_of(stage, args)
     record = {
         "stage": args.command,
         **io.provenance(),
@@ -192,6 +196,12 @@ def last_changes(paths: list[Path]) -> list[int | None]:
     """When each file was last changed, ns; None without one. Folders are listed, so that a file server is asked."""
     there = {file for folder in {path.parent for path in paths} if folder.exists() for file in folder.iterdir()}
     return [path.stat().st_mtime_ns if path in there else None for path in paths]
+
+
+def outputs_of(stage: ModuleType, args: argparse.Namespace) -> dict[str, Path]:
+    """The outputs that were asked for; the last one of `OUTPUTS` comes last."""
+    given = {name: getattr(args, name) for name in (*getattr(stage, "OPTIONAL_OUTPUTS", ()), *stage.OUTPUTS)}
+    return {name: path for name, path in given.items() if path is not None}
 
 
 def parse_settings(text: str, model: Any, where: str) -> Any:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medmask.config.experiments import Experiment
+from medmask.config.finetuning import Source
 from medmask.config.load import SECTIONS
-from medmask.config.training import Source
 from medmask.errors import ConfigError, suggest
 
 FIELDS = ("dataset", "split", "noise", "pretrain", "finetune", "evaluate")

@@ -12,18 +12,14 @@ from medmask import io
 from medmask.config.base import Block, Needs
 from medmask.config.data import Dataset, MetaSet, Noise, Shortcut, Split
 from medmask.config.experiments import Claim, Config, Evaluation, Experiment, Published, Row, Table
+from medmask.config.finetuning import AnyFinetuning, Finetuning, MaskRule, Meta, MetaLearning, SaliencyMaps, Source
 from medmask.config.training import (
-    AnyFinetuning,
     Augment,
     DataRef,
-    Finetuning,
     Head,
     Image,
-    MaskRule,
     Pretraining,
-    SaliencyMaps,
     Schedule,
-    Source,
     Training,
     Warmup,
 )
@@ -37,6 +33,7 @@ SECTIONS: dict[str, list[tuple[str, type[Block]]]] = {
         ("keys of every training", Training), ("head", Head), ("image", Image), ("augment", Augment),
         ("schedule", Schedule), ("warmup", Warmup), ("needs", Needs), ("data", DataRef),
         ("keys of finetunings only", Finetuning), ("mask_rule", MaskRule),
+        ("keys of methods with a meta set", MetaLearning), ("meta", Meta),
     ],
     "masks": [("", SaliencyMaps)],
     "evaluations": [("", Evaluation)],

@@ -67,7 +67,7 @@ def test_the_command_prints_jobs_runs_and_resources(plan, capsys):
 
 
 def test_a_method_of_a_later_version_is_planned_and_said(plan, capsys):
-    Path("my.yaml").write_text(yaml.safe_dump(put(small(), "finetunings/plain/method", "reweight")))
+    Path("my.yaml").write_text(yaml.safe_dump(put(small(), "pretrainings/base/method", "noise_mask")))
     assert cli.main(["plan", "--configfile", "my.yaml"]) == 0
     assert "cannot run yet: " in capsys.readouterr().out
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
-from medmask.config.training import Augment, Image, SupervisedFinetuning
+from medmask.config.finetuning import AnyFinetuning
+from medmask.config.training import Augment, Image
 from medmask.data.images import ImageReader
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier
@@ -35,8 +37,11 @@ def write_pack(folder: Path, images: list[np.ndarray]) -> None:
     np.save(folder / "index.npy", np.array([(o, *image.shape) for o, image in zip(offsets, images, strict=False)]))
 
 
-def write_data(folder: Path, n: int = 48, n_val: int = 14, side: int = 28, n_classes: int = 2) -> dict[str, Path]:
-    """Noisy squares with a bright band whose place is the class; every sixth label is flipped."""
+def write_data(
+    folder: Path, n: int = 48, n_val: int = 14, side: int = 28, n_classes: int = 2, n_meta: int = 0
+) -> dict[str, Path]:
+    """Noisy squares with a bright band whose place is the class; every sixth label is flipped, but no trusted one."""
+    n, n_first = n + n_meta, n
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(7)
     labels = np.arange(n) % n_classes
@@ -44,12 +49,13 @@ def write_data(folder: Path, n: int = 48, n_val: int = 14, side: int = 28, n_cla
     for image, label in zip(images, labels, strict=True):
         image[2 * label : 2 * label + 2] += 100
     write_pack(folder, images)
-    noisy = np.where(np.arange(n) % 6 == 0, (labels + 1) % n_classes, labels)
+    noisy = np.where((np.arange(n) % 6 == 0) & (np.arange(n) < n_first), (labels + 1) % n_classes, labels)
+    sides = ["train"] * (n_first - n_val) + ["val"] * n_val + ["meta_set"] * n_meta
     split = ["image_id,position,label,class_name,group,sha256,side,test_set"]
     table = ["image_id,true_label,noisy_label,is_flipped"]
     for i in range(n):
         digest = hashlib.sha256(images[i].tobytes()).hexdigest()
-        split.append(f"i{i},{i},{labels[i]},c{labels[i]},g{i},{digest},{'train' if i < n - n_val else 'val'},")
+        split.append(f"i{i},{i},{labels[i]},c{labels[i]},g{i},{digest},{sides[i]},")
         table.append(f"i{i},{labels[i]},{noisy[i]},{int(labels[i] != noisy[i])}")
     (folder / "split.csv").write_text("\n".join(split) + "\n")
     (folder / "labels.csv").write_text("\n".join(table) + "\n")
@@ -58,8 +64,8 @@ def write_data(folder: Path, n: int = 48, n_val: int = 14, side: int = 28, n_cla
     return {name: folder / file for name, file in {**names, "labels": "labels.csv"}.items()}
 
 
-def settings(**changes: Any) -> SupervisedFinetuning:
-    return SupervisedFinetuning(**{**SETTINGS, **changes})
+def settings(**changes: Any) -> Any:
+    return TypeAdapter(AnyFinetuning).validate_python({**SETTINGS, **changes})
 
 
 def tiny_network(seed: int = 0, n_classes: int = 2, norm: bool = True) -> Classifier:
@@ -70,14 +76,20 @@ def tiny_network(seed: int = 0, n_classes: int = 2, norm: bool = True) -> Classi
     return Classifier(backbone, nn.Linear(16, n_classes))
 
 
-def toy_data(folder: Path, n: int = 30, n_val: int = 9, augment: Augment | None = None, seed: int = 0) -> TrainingData:
-    """8x8 images of two classes."""
-    write_data(folder, n, n_val, side=8)
-    labels = np.arange(n) % 2
-    positions = np.arange(n)
-    train, val = (Rows(positions[part], labels[part], labels[part]) for part in (slice(n - n_val), slice(n - n_val, n)))
+def toy_data(
+    folder: Path, n: int = 30, n_val: int = 9, augment: Augment | None = None, seed: int = 0, n_meta: int = 6,
+    flip_every: int = 0,
+) -> TrainingData:  # fmt: skip
+    """8x8 images of two classes; trusted ones beyond `n`; each so many training labels one is flipped, 0 for none."""
+    write_data(folder, n, n_val, side=8, n_meta=n_meta)
+    true = np.arange(n + n_meta) % 2
+    labels = true.copy()
+    if flip_every:
+        labels[: n - n_val : flip_every] = 1 - labels[: n - n_val : flip_every]
+    places = np.split(np.arange(n + n_meta), [n - n_val, n])
+    train, val, meta_set = (Rows(rows, labels[rows], true[rows]) for rows in places)
     reader = ImageReader(folder / "images.npy", folder / "index.npy", Image(channels=1), augment, seed)
-    return TrainingData(train, val, reader)
+    return TrainingData(train, val, reader, meta_set, n_classes=2, teacher=tiny_network(seed=5))
 
 
 class StopAfter:
@@ -93,16 +105,17 @@ class StopAfter:
 
 
 def run_fit(
-    cfg: SupervisedFinetuning, data: TrainingData, work: Path, *,
-    network: Classifier | None = None, ctx: DistContext | None = None, stop: Any = None,
+    cfg: Any, data: TrainingData, work: Path, *,
+    network: Classifier | None = None, ctx: DistContext | None = None, stop: Any = None, with_memory: bool = False,
 ) -> tuple[dict[str, torch.Tensor], State]:  # fmt: skip
-    """Train a tiny network; weights after the last epoch, and the state."""
+    """Train a tiny network; weights after the last epoch, and the memory of the images if wanted, and the state."""
     method = build_method(cfg.method, network or tiny_network(), cfg)
     extra = {} if stop is None else {"stop": stop}
     state = fit(cfg, method, data, Execution(ctx or DistContext(), Checkpointer(work, "k"), work, **extra))
-    return {name: value.clone() for name, value in method.export().items()}, state
+    memory = {f"memory.{name}": value for name, value in method.memory().items()} if with_memory else {}
+    return {name: value.clone() for name, value in {**method.export(), **memory}.items()}, state
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal to the last bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Equal to the last bit; NaN where the other is NaN."""
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True) for k in a)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Names that a later version adds code for: they parse and plan, and `medmask.runs` refuses to run them.
-PLANNED_METHODS = ("noise_mask", "intelligent_masking", "reweight", "refurbish", "upper_bound", "xgradcam", "gradcam")
+PLANNED_METHODS = ("noise_mask", "intelligent_masking", "xgradcam", "gradcam")
 READERS = ("digits", "isic2019", "mnist", "busi", "folders", "csv")
 STAGES = ("data", "split", "noise", "pretrain", "mask", "finetune", "evaluate", "runs", "aggregate")
 METRICS = (
@@ -41,6 +41,10 @@ Name = Annotated[Text, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.+-]*$")]
 Mode = Literal["corrected", "as_published"]
 
 
+def both_dicts(first: Any, second: Any) -> bool:
+    return isinstance(first, dict) and isinstance(second, dict)
+
+
 class Block(BaseModel):
     """A group of keys; unknown keys are refused, values cannot be changed."""
 
@@ -51,9 +55,16 @@ class Block(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def apply_preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mode") == "as_published":
-            return {**cls.PUBLISHED, **given}
-        return given
+        if not isinstance(given, dict) or given.get("mode") != "as_published":
+            return given
+        preset = cls.preset(given)
+        inner = {key: {**preset[key], **given[key]} for key in preset if both_dicts(preset[key], given.get(key))}
+        return {**preset, **given, **inner}
+
+    @classmethod
+    def preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What `mode: as_published` sets; for a class where it depends on the keys given, another one."""
+        return cls.PUBLISHED
 
 
 class Needs(Block):

@@ -42,16 +42,23 @@ class Dataset(Block):
 
 
 class MetaSet(Block):
-    """Trusted images, taken from those that are on no other side."""
+    """Trusted images, from those on no other side; as published a list may share images with other sides."""
 
     list: Name | None = Field(None, description="name of one of the dataset's lists")
     draw: Int | None = Field(None, ge=1, description="number of images to draw")
     per_class: Int | None = Field(None, ge=1, description="number of images a class; with `draw` at most so many")
+    counts: dict[Text, Int] | None = Field(None, min_length=1, description="class: number of images to draw of it")
+    missing_class: Literal["warn", "refuse"] = Field(
+        "warn", description="a class of the dataset without a trusted image: say so, or refuse"
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> "MetaSet":
-        if (self.list is None) == (self.draw is None and self.per_class is None):
-            raise ValueError("meta_set: give `list`, or `draw` and `per_class`")
+        drawn = self.draw is not None or self.per_class is not None
+        if sum((self.list is not None, drawn, self.counts is not None)) != 1:
+            raise ValueError("meta_set: give `list`, or `draw` and `per_class`, or `counts`")
+        if self.counts is not None and min(self.counts.values()) < 0:
+            raise ValueError(f"counts: need numbers of images, got {self.counts}")
         return self
 
 

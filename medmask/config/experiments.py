@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from medmask.config.base import METRICS, Block, Float, Int, Name, Needs, Text
 from medmask.config.data import Dataset, Noise, Split
-from medmask.config.training import AnyFinetuning, Pretraining, SaliencyMaps, Source
+from medmask.config.finetuning import AnyFinetuning, SaliencyMaps, Source
+from medmask.config.training import Pretraining
 
 
 class Evaluation(Block):

@@ -9,8 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 from medmask.config.base import STAGES, Block
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Config, Evaluation
+from medmask.config.finetuning import AnyFinetuning, SaliencyMaps
 from medmask.config.messages import explain
-from medmask.config.training import AnyFinetuning, Pretraining, SaliencyMaps
+from medmask.config.training import Pretraining
 from medmask.errors import ConfigError, lookup
 
 # field of a run -> (section of the config file, model of a block, blocks that need not be written down)

@@ -112,10 +112,16 @@ class Training(Block):
     train_mode: Literal["always", "first_step"] = Field(
         "always", description="first_step: only the first step of an epoch uses batch statistics"
     )
+    train_on: tuple[Literal["train", "meta_set"], ...] = Field(
+        ("train",), min_length=1, description="sides whose images are trained on"
+    )
     train_labels: Literal["noisy", "true"] = Field("noisy", description="labels of the training images")
     validation_labels: Literal["noisy", "true"] = Field("noisy", description="labels that choose the best epoch")
     select: Literal["balanced_accuracy", "accuracy", "loss"] = Field(
         "balanced_accuracy", description="validation number that chooses the best epoch"
+    )
+    record_every: Int = Field(
+        5, ge=1, description="epochs between tables of what is known of each image; the last has one"
     )
     ranks: Int = Field(1, ge=1, description="processes; no part of the key while `sync_bn` is on")
     workers: Int = Field(0, ge=0, description="loading processes a rank; no part of any key")
@@ -124,6 +130,8 @@ class Training(Block):
 
     @model_validator(mode="after")
     def batch_fits(self) -> "Training":
+        if len(set(self.train_on)) < len(self.train_on):
+            raise ValueError(f"train_on: need different sides, got {list(self.train_on)}")
         if self.batch_size < self.ranks:
             raise ValueError(f"batch_size: {self.batch_size} images cannot be shared by {self.ranks} ranks")
         if self.sync_bn is False and self.batch_size % self.ranks:
@@ -185,77 +193,4 @@ class IntelligentMasking(Training):
     block: Int = Field(2, ge=1, description="side of the masked block in cells")
 
 
-class Source(Block):
-    """Another network of the experiment: the run named, or this run, with these fields changed."""
-
-    run: Name | None = Field(None, description="a row of the experiment; null: this run")
-    dataset: Name | None = None
-    split: Name | None = None
-    noise: Name | None = None
-    pretrain: Name | None = None
-    finetune: Name | None = None
-
-
-class MaskRule(Block):
-    """From saliency maps to masks (a later version)."""
-
-    kind: Literal["threshold", "top_k", "mean", "official", "random"] = Field(description="rule")
-    strength: Fraction = Field(0.1, description="its parameter")
-
-
-class Finetuning(Training):
-    """Keys that only finetunings have."""
-
-    freeze: Literal["none", "all"] | Annotated[Int, Field(ge=1)] = Field(
-        "none", description="part of the backbone that stays: all, or all but the last n stages"
-    )
-    after: Name | None = Field(None, description="start from this finetuning of the same run")
-    masks: Name | None = Field(None, description="hide what the starting network looks at (a later version)")
-    mask_rule: MaskRule | None = Field(None, description="how (a later version)")
-
-    @model_validator(mode="after")
-    def masks_fit(self) -> "Finetuning":
-        if (self.masks is None) != (self.mask_rule is None):
-            raise ValueError("mask_rule: needed with `masks`, and only there")
-        return self
-
-
-class SupervisedFinetuning(Finetuning):
-    """Cross-entropy on the labels of the training side."""
-
-    PUBLISHED = Supervised.PUBLISHED
-    method: Literal["supervised"]
-
-
-class Reweight(Finetuning):
-    """Learning to reweight examples (a later version)."""
-
-    PUBLISHED = {**Finetuning.PUBLISHED, "weights": "sigmoid"}
-    method: Literal["reweight"]
-    weights: Literal["clamp", "sigmoid"] = Field("clamp", description="from meta-gradient to weight")
-
-
-class Refurbish(Finetuning):
-    """Label refurbishment (a later version)."""
-
-    method: Literal["refurbish"]
-    targets: Literal["hard", "soft"] = Field("soft", description="kind of label")
-
-
-class UpperBound(Finetuning):
-    """Reweighting with the labels of a teacher for flipped images (a later version)."""
-
-    method: Literal["upper_bound"]
-    teacher: Source = Field(description="the network whose predictions replace flipped labels")
-
-
-class SaliencyMaps(Block):
-    """Saliency maps of the starting network (a later version)."""
-
-    method: Literal["xgradcam", "gradcam"]
-    layer: Name = Field("last_relu", description="activation that is explained")
-    target: Literal["true", "predicted"] = Field("true", description="class that is explained")
-
-
 Pretraining = Annotated[Supervised | Weights | NoiseMask | IntelligentMasking, Field(discriminator="method")]
-AnyFinetuning = Annotated[SupervisedFinetuning | Reweight | Refurbish | UpperBound, Field(discriminator="method")]

@@ -31,11 +31,15 @@ class ImageReader:
         self.seed = seed
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (image.mean, image.std))
 
-    def batch(self, positions: np.ndarray, epoch: int | None = None) -> Tensor:
-        """Read images; (N,) positions in the pack to (N, C, H, W) float32. With an epoch: changed at random."""
+    def batch(self, positions: np.ndarray, epoch: int | tuple[int, ...] | None = None) -> Tensor:
+        """Read images; (N,) positions in the pack to (N, C, H, W) float32.
+
+        With an epoch, or other numbers that name the draw: changed at random.
+        """
         if self.augment is None or epoch is None:
             return self.normalised(self.pixels(positions))
-        draws = [np.random.default_rng([self.seed, epoch, int(position)]) for position in positions]
+        named = [self.seed, *((epoch,) if isinstance(epoch, int) else epoch)]
+        draws = [np.random.default_rng([*named, int(position)]) for position in positions]
         if self.augment.crop_scale is None:
             return self.normalised(turn(self.pixels(positions), self.augment, draws))
         crops = [self.random_crop(position, rng) for position, rng in zip(positions, draws, strict=True)]

@@ -52,7 +52,11 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
             f"split: no image is left for {' and '.join(sorted(empty))}{': ' if notes else ''}{' '.join(notes)}"
         )
     rows = list_order(table, dataset.get("orders", {}).get(cfg.train) if cfg.sizes is None else None)
-    summary = {
+    if cfg.meta_set is not None and cfg.meta_set.missing_class == "refuse":
+        absent = [note for note in missing_classes(rows, table, dataset["classes"]) if note.endswith("side meta_set.")]
+        if absent:
+            raise DataError(f"split.meta_set.missing_class: refuse: {absent[0]}")
+    summary: dict[str, Any] = {
         "classes": list(dataset["classes"]),
         "sides": {side: describe(rows[rows["side"] == side], dataset["classes"]) for side in SIDES},
         "test_sets": {
@@ -62,6 +66,8 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
         "crossing": crossing,
         "notes": notes + missing_classes(rows, table, dataset["classes"]),
     }
+    if "in_meta_set" in rows:
+        summary["shared_meta_set"] = rows["side"][rows["in_meta_set"] == 1].value_counts().to_dict()
     return rows, summary
 
 
@@ -171,14 +177,30 @@ def take_meta_set(table: pd.DataFrame, wish: MetaSet, lists: Mapping[str, int], 
     crossing = listed & used & ~taken
     if crossing.any() and cfg.crossing == "refuse":
         raise DataError(f"split.meta_set: groups on another side: {few(table['image_id'][crossing])}")
-    left_out = taken | crossing if cfg.crossing == "drop" else taken
+    if cfg.crossing == "keep":
+        return share_meta_set(table, listed, crossing)
+    left_out = taken | crossing
     if not (listed & ~left_out).any():
         raise DataError(
             f"split.meta_set: no image of list {wish.list} is free; {int(left_out.sum())} are on other sides"
         )
     table.loc[listed & ~left_out, "side"] = "meta_set"
-    count, reason = int(left_out.sum()), "they, or their groups, are" if cfg.crossing == "drop" else "they are"
-    return [f"{count} images of {wish.list} are not in the meta set: {reason} on another side."] if count else []
+    count = int(left_out.sum())
+    text = f"{count} images of {wish.list} are not in the meta set: they, or their groups, are on another side."
+    return [text] if count else []
+
+
+def share_meta_set(table: pd.DataFrame, listed: pd.Series, crossing: pd.Series) -> list[str]:
+    """Trust all listed images, those of other sides too, which the column `in_meta_set` marks; sentences on that."""
+    shared = listed & (table["side"] != "")
+    if shared.any():
+        table["in_meta_set"] = shared.astype(int)
+    table.loc[listed & ~shared, "side"] = "meta_set"
+    counts = table["side"][shared].value_counts()
+    parts = [f"{counts[side]} on the side {side}" for side in SIDES if side in counts]
+    notes = [f"Of {int(listed.sum())} images of the meta set {' and '.join(parts)} too: kept, as published."]
+    lesions = f"{int(crossing.sum())} more images of the meta set show groups of another side: kept, as published."
+    return notes * bool(parts) + [lesions] * bool(crossing.any())
 
 
 def draw_meta_set(table: pd.DataFrame, is_free: pd.Series, wish: MetaSet, seed: int) -> pd.Index:
@@ -186,6 +208,14 @@ def draw_meta_set(table: pd.DataFrame, is_free: pd.Series, wish: MetaSet, seed: 
     rng = np.random.default_rng([seed, *b"meta_set"])
     free = table[is_free]
     free = free.iloc[rng.permutation(len(free))]
+    if wish.counts is not None:
+        for name in wish.counts:
+            lookup(dict.fromkeys(table["class_name"]), name, "split.meta_set.counts")
+        left = free["class_name"].value_counts()
+        short = [f"{name}: {left.get(name, 0)} of {n}" for name, n in wish.counts.items() if left.get(name, 0) < n]
+        if short:
+            raise DataError(f"split.meta_set.counts: too few images are free of {', '.join(short)}")
+        return free.index[free.groupby("class_name").cumcount() < free["class_name"].map(wish.counts).fillna(0)]
     if wish.per_class is not None:
         rank = free.groupby("label").cumcount()
         free = free.loc[rank[rank < wish.per_class].sort_values(kind="stable").index]
@@ -208,7 +238,7 @@ def list_order(table: pd.DataFrame, order: Iterable[int] | None) -> pd.DataFrame
         place = {position: number for number, position in enumerate(order)}
         key = rows["position"].map(place).where(rows["side"] == "train", len(place))
         rows = rows.iloc[np.argsort(key, kind="stable")]
-    return rows[list(COLUMNS)].reset_index(drop=True)
+    return rows[[*COLUMNS, *(["in_meta_set"] if "in_meta_set" in rows else [])]].reset_index(drop=True)
 
 
 def describe(rows: pd.DataFrame, classes: Iterable[str]) -> dict[str, Any]:
@@ -225,7 +255,10 @@ def missing_classes(rows: pd.DataFrame, table: pd.DataFrame, classes: Iterable[s
     """Sentences on classes that have images, but none on a side."""
     notes = []
     for side in SIDES:
-        here = set(rows["class_name"][rows["side"] == side])
+        is_here = rows["side"] == side
+        if side == "meta_set" and "in_meta_set" in rows:
+            is_here |= rows["in_meta_set"] == 1
+        here = set(rows["class_name"][is_here])
         absent = [name for name in classes if name not in here and name in set(table["class_name"])]
         if here and absent:
             notes.append(f"No image of {', '.join(absent)} on the side {side}.")

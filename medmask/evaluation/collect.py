@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from medmask import io
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Evaluation
-from medmask.config.training import AnyFinetuning, Pretraining
+from medmask.config.finetuning import AnyFinetuning
+from medmask.config.training import Pretraining
 from medmask.errors import DataError
 from medmask.evaluation.metrics import Sample
 
@@ -97,6 +98,13 @@ class Run:
         """The lines of a training's history; lines that are cut off are left out."""
         path = self.path(stage, "history.jsonl")
         return list(json_lines(path)) if path and path.exists() else []
+
+    def weights(self) -> pd.DataFrame:
+        """What the finetuning gave each training image: epoch, weight, trust, is_flipped; empty without such a file."""
+        path = self.path("finetune", "weights.csv")
+        if path is None or not path.exists():
+            return pd.DataFrame({"epoch": []})
+        return pd.read_csv(path, dtype={"image_id": str})
 
     def score(self, selection: str, test_set: str) -> dict[str, Any]:
         """The run's numbers on a test set; empty where there are none."""

@@ -186,6 +186,34 @@ def noise_figure(runs: Sequence[Run]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
+def weights_figure(cells: Sequence[Cell]) -> Figure:
+    """Weights and trusts at the last epoch, of clean and of flipped images, a panel for each; all seeds together."""
+    shown = []
+    for cell in cells:
+        tables = [table for run in cell.runs if len(table := run.weights())]
+        for name in ("weight", "trust"):
+            last = [table[table["epoch"] == table["epoch"].max()].dropna(subset=[name]) for table in tables]
+            if any(map(len, last)):
+                pooled = np.concatenate([table[[name, "is_flipped"]].to_numpy(dtype=float) for table in last])
+                shown.append((f"{cell.name}: {name}", pooled))
+    if not shown:
+        return message("No method here weights its images")
+    shown = shown[: 2 * MOST_PANELS]
+    figure, axes = panels(len(shown), 3.0)
+    for ax, (title, values) in zip(axes, shown, strict=True):
+        edges = np.linspace(values[:, 0].min(), max(np.quantile(values[:, 0], 0.99), values[:, 0].min() + 1e-9), 31)
+        for is_flipped, label in ((0, "label kept"), (1, "label flipped")):
+            part = np.clip(values[values[:, 1] == is_flipped, 0], None, edges[-1])  # the last bar: all above, too
+            if len(part):
+                style: Any = {"histtype": "step", "color": COLOURS[is_flipped], "label": label, "lw": 1.5}
+                ax.hist(part, edges.tolist(), weights=np.full(len(part), 1 / len(part)), **style)
+        ax.set_title(wrapped(title, 32))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.supylabel("share of the images")
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def curves_figure(cells: Sequence[Cell]) -> Figure:
     """Training loss and validation balanced accuracy by epoch, a panel for each column of the table.
 

@@ -65,17 +65,32 @@ def run_rows(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
 def cost(run: Run) -> dict[str, Any]:
     """What a run took, from its starting weights on: sums over its trainings, and the network's parameters."""
     records = [record for stage in ("pretrain", "finetune") if (record := run.read(stage, "record.json"))]
-    methods = [run.settings[stage].get("method") for stage in ("pretrain", "finetune") if stage in run.settings]
-    sides = run.read("split", "split.json").get("sides", {})
-    uses_trusted = any(method not in ("supervised", "weights") for method in methods)
     return {
         "epochs": sum(record.get("epochs") or 0 for record in records),
         "images_seen": sum(record.get("images_seen") or 0 for record in records),
         "parameters": records[-1].get("parameters") if records else None,
         "hours": sum((record.get("seconds") or 0) * (record.get("ranks") or 1) for record in records) / 3600,
         "device": "+".join(dict.fromkeys(str(record["device"]) for record in records if record.get("device"))),
-        "trusted_labels": sides.get("meta_set", {}).get("n", 0) if uses_trusted else 0,
+        "trusted_labels": trusted_labels(run),
     }
+
+
+def trusted_labels(run: Run) -> int:
+    """True labels that a run has used: those of its trusted images, and for the upper bound those of all others."""
+    split = run.read("split", "split.json")
+    sizes = {side: facts.get("n", 0) for side, facts in split.get("sides", {}).items()}
+    n_meta = sizes.get("meta_set", 0) + sum(split.get("shared_meta_set", {}).values())
+    used = 0
+    for stage in ("pretrain", "finetune"):
+        settings = run.settings.get(stage, {})
+        found = n_meta if "meta_set" in settings.get("train_on", ()) else 0
+        meta = settings.get("meta")
+        if meta is not None:
+            times = settings.get("ranks", 1) if meta["scope"] == "rank" else 1
+            once = min(n_meta, (meta["size"] or n_meta) * times)
+            found = max(found, once if meta["refresh"] == "once" else n_meta)
+        used = max(used, found + (sizes.get("train", 0) if settings.get("method") == "upper_bound" else 0))
+    return used
 
 
 def mean_cost(cell: Cell) -> dict[str, Any]:

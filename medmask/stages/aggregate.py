@@ -28,6 +28,7 @@ OPTIONAL: tuple[str, ...] = ()
 OUTPUTS: tuple[str, ...] = (
     "summary", "table_csv", "table_md", "table_tex", "table_html", "runs_csv",
     "metric_png", "metric_svg", "confusion_png", "confusion_svg", "curves_png", "curves_svg", "noise_png", "noise_svg",
+    "weights_png", "weights_svg",
     "claim",
 )  # fmt: skip
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         "confusion": figures.confusion_figure(cells, measure),
         "curves": figures.curves_figure(cells),
         "noise": figures.noise_figure(found),
+        "weights": figures.weights_figure(cells),
     }
     for name, figure in drawn.items():
         figures.save(figure, outputs[f"{name}_png"], outputs[f"{name}_svg"])

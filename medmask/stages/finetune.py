@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from medmask.config.training import AnyFinetuning
+from medmask.config.finetuning import AnyFinetuning
 from medmask.train.signals import StopFlag
 
 CONFIG = AnyFinetuning
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
 OPTIONAL: tuple[str, ...] = ("init", "teacher", "maps")
 OUTPUTS: tuple[str, ...] = ("model", "best", "history", "record")
+OPTIONAL_OUTPUTS: tuple[str, ...] = ("weights", "soft_labels")
 TRAINS = True
 
 
 def run(
     cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float, stop: StopFlag, check: Callable[[], None],
-    teacher: Path | None, maps: Path | None, **files: Path | None,
+    maps: Path | None, **files: Path | None,
 ) -> None:  # fmt: skip
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 

@@ -26,7 +26,8 @@ def run(
     missing = [name for name in OPTIONAL if name != "init" and files[name] is None]
     if missing:
         raise ConfigError(f"--{', --'.join(missing)}: needed to train with `method: {cfg.method}`")
-    training.train(cfg, work_dir, checkpoint_min, training.Files(**files), stop, check)  # type: ignore[arg-type]
+    inputs = training.Files(**files, teacher=None)  # type: ignore[arg-type]
+    training.train(cfg, work_dir, checkpoint_min, inputs, stop, check)
 
 
 def tidy(work_dir: Path) -> None:

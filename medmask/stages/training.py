@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,21 @@ from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
 from medmask.models.freeze import freeze_stages
 from medmask.models.heads import build_head, head_settings
-from medmask.models.weights import ModelSpec, load_backbone, load_published, load_strictly, read_model, save_model
+from medmask.models.weights import (
+    ModelSpec,
+    load_backbone,
+    load_classifier,
+    load_published,
+    load_strictly,
+    read_model,
+    save_model,
+)
+from medmask.stages.learnt import flip_notes, write_soft_labels, write_weights
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
 from medmask.train.loader import Rows, TrainingData
+from medmask.train.per_image import FOLDER
 from medmask.train.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -43,10 +53,13 @@ class Files:
     summary: Path
     labels: Path
     init: Path | None
+    teacher: Path | None
     model: Path
     best: Path
     history: Path
     record: Path
+    weights: Path | None = None
+    soft_labels: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,26 +84,38 @@ def train(
     with distributed(cfg.needs.gpu > 0) as ctx:
         check_ranks(cfg, ctx.world)
         reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
-        data = TrainingData(sides["train"], sides["val"], reader)
+        teacher = read_teacher(files.teacher, start.spec)
+        data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher)
         inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
+        inputs |= {"teacher": files.teacher} if files.teacher else {}
         checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs), check)
         method = build_method(cfg.method, start.network, cfg)
         state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
         if ctx.is_main:
             write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
             shutil.copyfile(work_dir / "history.jsonl", files.history)
+            if files.weights is not None:
+                write_weights(files.weights, files.split, data.train, work_dir, cfg)
+            if files.soft_labels is not None:
+                table = method.memory().get("targets")
+                write_soft_labels(files.soft_labels, files.split, data.train, table, classes)
+            start.notes.extend(method.notes() + flip_notes(method, data.train))
             io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
             check()
         ctx.barrier()
 
 
 def tidy(work_dir: Path) -> None:
-    """Remove the checkpoints, once the outputs stand."""
+    """Remove the checkpoints, and the tables that `weights.csv` holds, once the outputs stand."""
     Checkpointer(work_dir, "").clear()
+    shutil.rmtree(work_dir / FOLDER, ignore_errors=True)
 
 
 def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:
-    """Training and validation rows with the labels that the settings name, and their pixel digests (n,) int64."""
+    """Training, validation and trusted rows with the labels that the settings name, and the digests of their pixels.
+
+    Trusted images have their true labels, and are training images too where `train_on` says so. Digests: (n,) int64.
+    """
     split, _ = read_split(files.split, files.summary, ("position", "sha256"), len(Pack.open(files.images, files.index)))
     labels = read_frame(files.labels, ("image_id", "true_label", "noisy_label"))
     images = labels["image_id"]
@@ -103,14 +128,44 @@ def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, R
     refuse(files.labels, [f"image {name}: label outside 0..{n_classes - 1}" for name in table["image_id"][bad]])
     other = table["image_id"][table["true_label"] != table["label"]]
     refuse(files.labels, [f"image {name}: true_label is not the label in {files.split}" for name in other])
-    sides, digests = {}, []
-    for side, kind in (("train", cfg.train_labels), ("val", cfg.validation_labels)):
-        rows = table[table["side"] == side]
-        sides[side] = Rows(*(rows[name].to_numpy() for name in ("position", f"{kind}_label", "true_label")))
-        digests += [int(text[:16], 16) for text in rows["sha256"]]
-    if not len(sides["train"]):
-        raise DataError(f"{files.split}: no images on the side train")
+    found = {side: table[table["side"] == side] for side in ("train", "val", "meta_set")}
+    if "in_meta_set" in table:  # trusted, and on another side too
+        found["meta_set"] = table[(table["side"] == "meta_set") | (table["in_meta_set"] == 1)]
+    labels_of = {"train": cfg.train_labels, "val": cfg.validation_labels, "meta_set": "true"}
+    sides = {
+        side: Rows(*(rows[name].to_numpy() for name in ("position", f"{labels_of[side]}_label", "true_label")))
+        for side, rows in found.items()
+    }
+    if missing := [side for side in cfg.train_on if not len(sides[side])]:
+        raise DataError(f"{files.split}: no images on the side {' or '.join(missing)}")
+    if {"train", "meta_set"} <= set(cfg.train_on):  # an image that is on both counts once, with its true label
+        sides["train"] = without(sides["train"], sides["meta_set"].positions)
+    sides["train"] = joined([sides[side] for side in cfg.train_on])
+    used = {*cfg.train_on, "val", *(["meta_set"] if hasattr(cfg, "meta") else [])}
+    digests = [int(text[:16], 16) for side in found if side in used for text in found[side]["sha256"]]
     return sides, np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def without(rows: Rows, positions: np.ndarray) -> Rows:
+    kept = ~np.isin(rows.positions, positions)
+    return Rows(*(getattr(rows, item.name)[kept] for item in fields(Rows)))
+
+
+def joined(parts: list[Rows]) -> Rows:
+    return Rows(*(np.concatenate([getattr(rows, item.name) for rows in parts]) for item in fields(Rows)))
+
+
+def read_teacher(path: Path | None, spec: ModelSpec) -> Classifier | None:
+    """The network that teaches, frozen; it must know the same classes and be given the same images."""
+    if path is None:
+        return None
+    network, own, _ = load_classifier(path)
+    for name in ("classes", "image"):
+        if getattr(own, name) != getattr(spec, name):
+            raise ConfigError(
+                f"teacher: {path} has other {name} than this training: {getattr(own, name)}, not {getattr(spec, name)}"
+            )
+    return network.requires_grad_(False)
 
 
 def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:

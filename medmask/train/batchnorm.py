@@ -96,12 +96,12 @@ def all_gather(values: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def convert_batchnorm(module: nn.Module, device: torch.device) -> None:
+def convert_batchnorm(module: nn.Module, device: torch.device, forward_mode: bool = False) -> None:
     """Replace every batch norm inside a module by one over all ranks; parameters and buffers stay the same objects.
 
-    On a GPU it is torch's own, which is faster and needs no forward mode.
+    On a GPU it is torch's own, which is faster, unless forward mode is needed, which that lacks.
     """
-    kind = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
+    kind = nn.SyncBatchNorm if device.type == "cuda" and not forward_mode else GlobalBatchNorm
     for name, child in module.named_children():
         if type(child) in PLAIN:
             setattr(module, name, twin_of(child, kind))
@@ -110,7 +110,7 @@ def convert_batchnorm(module: nn.Module, device: torch.device) -> None:
                 f"sync_bn: cannot be had with layers of type {type(child).__name__}; set `sync_bn: false`"
             )
         else:
-            convert_batchnorm(child, device)
+            convert_batchnorm(child, device, forward_mode)
 
 
 def twin_of(child: Any, kind: type) -> nn.Module:

@@ -82,6 +82,16 @@ class DistContext:
             dist.all_reduce(whole)  # all but one rank hold zeros: exact
         return whole.cpu().numpy()
 
+    def gather_rows(self, values: Tensor, most: int) -> Tensor:
+        """The ranks' tensors (own, ...) as one of (ranks, most, ...); what a rank lacks of `most` is NaN."""
+        whole = values.new_full((most, *values.shape[1:]), float("nan"))
+        whole[: len(values)] = values
+        if self.world == 1:
+            return whole[None]
+        parts = [torch.empty_like(whole) for _ in range(self.world)]
+        dist.all_gather(parts, whole)
+        return torch.stack(parts)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -1,6 +1,7 @@
 """The training loop, the only one: every method runs in it."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from medmask.config.training import Training
 from medmask.errors import ConfigError, Stopped
 from medmask.methods.base import Batch, Clock, Method
 from medmask.models.freeze import keep_frozen
+from medmask.train import per_image
 from medmask.train.batchnorm import convert_batchnorm, share_statistics
 from medmask.train.checkpoint import Checkpointer
 from medmask.train.distributed import DistContext, Verdict
@@ -86,21 +88,24 @@ class Run:
         self.cfg, self.data, self.execution = cfg, data, execution
         self.ctx = ctx = execution.ctx
         self.plan = Plan(cfg, len(data.train), ctx.world)
-        self.parts = Parts(self.plan, data.train, data.reader, ctx.rank, method.needs_truth)
+        self.parts = Parts(self.plan, data, ctx.rank, method)
         # convolutions are a fifth faster with the channels last, on a CPU too
         self.method = method.to(ctx.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if ctx.world > 1 and cfg.sync_bn:
-            convert_batchnorm(self.method, ctx.device)
+            convert_batchnorm(self.method, ctx.device, forward_mode=method.needs_meta_set)
         groups = self.method.param_groups()
         self.trained = [parameter for group in groups.values() for parameter in group]
         if not self.trained:
             raise ConfigError("freeze: nothing is left to train")
         self.optimizers = build_optimizers(cfg, groups)
+        self.method.setup(data, ctx, self.optimizers)
         self.state = self.restore()
         self.model: nn.Module = self.method
         if ctx.world > 1:
             self.model = wrap(self.method)
         self.history = History(execution.work_dir, self.state.step) if ctx.is_main else None
+        if ctx.is_main and self.state.step == 0:
+            shutil.rmtree(execution.work_dir / per_image.FOLDER, ignore_errors=True)
         self.progress = Progress(cfg.epochs, self.plan.steps * cfg.epochs, self.state.step, ctx.is_main)
         self.save_every = execution.checkpoint_min * 60
         self.saved_at = self.counted_at = self.logged_at = time.monotonic()
@@ -222,11 +227,20 @@ class Run:
             state.best_weights = {name: value.detach().cpu().clone() for name, value in self.method.export().items()}
         if self.history is not None:
             self.progress.epoch(clock.epoch + 1, state.step, state.last)
-            if state.last:
-                numbers = {f"val/{name}": value for name, value in state.last.items()}
-                self.history.write(step=state.step, epoch=clock.epoch + 1, **numbers)
+            self.write_epoch(self.history, clock.epoch + 1)
         self.save()
         self.stop_if(verdict.stop)
+
+    def write_epoch(self, history: History, epoch: int) -> None:
+        """The numbers of an epoch, counted from 1, and at times those of each image."""
+        memory, side, step = self.method.memory(), self.data.train, self.state.step
+        numbers = {f"val/{name}": value for name, value in self.state.last.items()} | per_image.numbers_of(memory, side)
+        if numbers:
+            history.write(step=step, epoch=epoch, **numbers)
+        if per_image.is_recorded(epoch, self.cfg.record_every, self.cfg.epochs):
+            per_image.write_table(self.execution.work_dir, epoch, memory, side)
+            for name, values in per_image.histograms_of(memory, side).items():
+                history.histogram(name, values, step)
 
     def save(self) -> None:
         now = time.monotonic()

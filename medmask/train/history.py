@@ -47,6 +47,10 @@ class History:
             if name not in ("step", "epoch") and value is not None:
                 self.board.add_scalar(name, value, line["step"])
 
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Show a distribution in TensorBoard."""
+        self.board.add_histogram(name, values, step)
+
     def close(self) -> None:
         self.file.close()
         self.board.close()

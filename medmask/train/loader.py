@@ -2,16 +2,18 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from medmask.config.training import Training
 from medmask.data.images import ImageReader
 from medmask.errors import ConfigError
-from medmask.methods.base import Batch
+from medmask.methods.base import Batch, Method
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,23 @@ class Rows:
         return len(self.positions)
 
 
+def no_rows() -> Rows:
+    return Rows(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads: its own side, the side that chooses the best epoch, and the reader of both's images."""
+    """What a training reads: its own side, the side that chooses the best epoch, and the reader of all images.
+
+    meta_set : the trusted images, with true labels. teacher : a network that classifies the training images.
+    """
 
     train: Rows
     val: Rows
     reader: ImageReader
+    meta_set: Rows = field(default_factory=no_rows)
+    n_classes: int = 0
+    teacher: nn.Module | None = None
 
 
 class Plan:
@@ -89,12 +101,43 @@ class Plan:
         return batch[low + size * rank // self.world : low + size * (rank + 1) // self.world]
 
 
+class MetaPlan:
+    """The trusted images of each step: the meta set in a random order, then in another one, and so on.
+
+    Raises
+    ------
+    ConfigError : there is no meta set, or it has fewer images than a step needs.
+    """
+
+    def __init__(self, cfg: Any, n: int, rank: int) -> None:
+        if n == 0:
+            raise ConfigError(
+                f"method: {cfg.method} needs trusted images and the split has none: set `meta_set` in its block of "
+                "`splits`, for example {per_class: 10}"
+            )
+        if cfg.meta.size is not None and cfg.meta.size > n:
+            raise ConfigError(f"meta.size: need at most the {n} images of the meta set, got {cfg.meta.size}")
+        self.size, self.n = cfg.meta.size or n, n
+        self.is_fixed = cfg.meta.refresh == "once"
+        self.names = (*b"meta", *((rank,) if cfg.meta.scope == "rank" else ()))
+        self.seed = cfg.seed
+
+    def rows(self, step: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Rows (size,) of the meta set at a step, and the numbers that name the draw of their random changes."""
+        step = 0 if self.is_fixed else step
+        places = np.arange(step * self.size, (step + 1) * self.size)
+        rounds = range(places[0] // self.n, places[-1] // self.n + 1)
+        orders = [np.random.default_rng([self.seed, *self.names, round_]).permutation(self.n) for round_ in rounds]
+        return np.concatenate(orders)[places - rounds[0] * self.n], (*self.names, step)
+
+
 class Parts(Dataset):
     """Loads one part of a step; the key says which."""
 
-    def __init__(self, plan: Plan, side: Rows, reader: ImageReader, rank: int, needs_truth: bool) -> None:
-        self.plan, self.side, self.reader = plan, side, reader
-        self.rank, self.needs_truth = rank, needs_truth
+    def __init__(self, plan: Plan, data: TrainingData, rank: int, method: Method | type[Method]) -> None:
+        self.plan, self.data = plan, data
+        self.rank, self.needs_truth = rank, method.needs_truth
+        self.meta = MetaPlan(plan.cfg, len(data.meta_set), rank) if method.needs_meta_set else None
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
@@ -102,7 +145,11 @@ class Parts(Dataset):
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self.plan.order(epoch)
         rows = self.plan.rows(self.order, step, part, self.rank)
-        return load(self.side, rows, self.reader, epoch, self.needs_truth)
+        batch = load(self.data.train, rows, self.data.reader, epoch, self.needs_truth)
+        if self.meta is None:
+            return batch
+        trusted, names = self.meta.rows(epoch * self.plan.steps + step)
+        return replace(batch, meta=load(self.data.meta_set, trusted, self.data.reader, names))
 
 
 class Keys:
@@ -118,8 +165,10 @@ class Keys:
                 yield epoch, step, part
 
 
-def load(side: Rows, rows: np.ndarray, reader: ImageReader, epoch: int | None, needs_truth: bool = False) -> Batch:
-    """Read some rows of a side; with an epoch, changed at random."""
+def load(
+    side: Rows, rows: np.ndarray, reader: ImageReader, epoch: int | tuple[int, ...] | None, needs_truth: bool = False
+) -> Batch:
+    """Read some rows of a side; with an epoch, or other numbers that name the draw, changed at random."""
     positions = side.positions[rows]
     return Batch(
         images=reader.batch(positions, epoch),

@@ -301,5 +301,32 @@ def test_meta_set_from_a_list():
     assert "3 images of m are not in the meta set" in summary["notes"][0]
     rows, _ = meta(manifest, {"list": "m"}, crossing="keep")
     assert rows["image_id"].tolist() == ["i2", "i3"]
+    rows, summary = split(manifest, kind="lists", meta_set={"list": "m"}, crossing="keep")
+    assert rows["image_id"][rows["in_meta_set"] == 1].tolist() == ["i0", "i1"]
+    assert summary["shared_meta_set"] == {"train": 1, "test": 1}
+    assert summary["notes"] == [
+        "Of 4 images of the meta set 1 on the side train and 1 on the side test too: kept, as published.",
+        "1 more images of the meta set show groups of another side: kept, as published.",
+    ]
     with pytest.raises(DataError, match="groups on another side: i2"):
         meta(manifest, {"list": "m"}, crossing="refuse")
+
+
+def test_meta_set_of_given_class_counts():
+    manifest = make_manifest([0, 0, 0, 0, 1, 1, 2], None, ["train", "test", "", "", "", "", ""])
+    rows, summary = meta(manifest, {"counts": {"a": 2, "b": 1, "c": 0}})
+    assert sorted(rows["label"]) == [0, 0, 1]
+    assert "No image of c on the side meta_set." in summary["notes"]
+    with pytest.raises(DataError, match="too few images are free of b: 2 of 3"):
+        meta(manifest, {"counts": {"b": 3}})
+    with pytest.raises(ConfigError, match="unknown name 'd'"):
+        meta(manifest, {"counts": {"d": 1}})
+    with pytest.raises(DataError, match=r"missing_class: refuse: No image of c on the side meta_set\."):
+        meta(manifest, {"counts": {"a": 1, "b": 1}, "missing_class": "refuse"})
+    assert len(meta(manifest, {"per_class": 1, "missing_class": "refuse"})[0]) == 3
+
+
+def test_meta_set_has_one_source():
+    for wish in ({}, {"list": "m", "draw": 1}, {"counts": {"a": 1}, "per_class": 1}, {"counts": {"a": -1}}):
+        with pytest.raises(ValueError, match=r"give `list`|numbers of images"):
+            Split(kind="lists", meta_set=wish)

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from medmask.evaluation.cells import Measure, compare_cells, judge_published, make_cells, measure_cells
-from medmask.evaluation.collect import read_runs
+from medmask.evaluation.collect import Run, read_runs
 from medmask.evaluation.render import to_html, to_markdown, to_tex
 from medmask.evaluation.tables import (
     SUMMARY_COLUMNS,
@@ -12,6 +14,7 @@ from medmask.evaluation.tables import (
     run_rows,
     summary_rows,
     table_rows,
+    trusted_labels,
 )
 from tests.evaluation.fake_results import make_results
 
@@ -118,3 +121,25 @@ def test_failed_cells_are_printed(experiment):
     document = make_document("Noisy", cells, MEASURE, [], decimals=2)
     assert document.grids[0].rows == [["Reweighting", "failed (0 of 1)"]]
     assert '<td class="failed">failed (0 of 1)</td>' in to_html(document)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n"),
+    [
+        ({"method": "supervised"}, 0),
+        ({"method": "gce"}, 0),
+        ({"method": "supervised", "train_on": ["train", "meta_set"]}, 12),
+        ({"method": "reweight"}, 12),
+        ({"method": "reweight", "meta": {"refresh": "once", "size": 5}}, 5),
+        ({"method": "reweight", "mode": "as_published", "meta": {"size": 3}, "ranks": 2, "batch_size": 4}, 6),
+        ({"method": "upper_bound"}, 112),
+    ],
+)
+def test_trusted_labels(tmp_path, settings, n):
+    folder = tmp_path / "split" / "k"
+    folder.mkdir(parents=True)
+    facts = {"sides": {"train": {"n": 100}, "meta_set": {"n": 10}}, "shared_meta_set": {"test": 2}}
+    (folder / "split.json").write_text(json.dumps(facts))
+    finetune = {"backbone": "small_cnn", "epochs": 1, "batch_size": 2, "lr": 0.1, **settings}
+    run = Run({"keys": {"split": "k"}, "settings": {"finetune": finetune}}, tmp_path)
+    assert trusted_labels(run) == n

@@ -8,6 +8,8 @@ import torch
 from medmask.errors import ConfigError, Stopped
 from medmask.methods import METHODS, build_method
 from medmask.methods.base import Batch, Clock, Method
+from medmask.train.distributed import DistContext
+from medmask.train.optim import build_optimizers
 from tests.toy import StopAfter, is_same, run_fit, settings, tiny_network, toy_data
 
 CLOCK = Clock(step=0, step_in_epoch=0, epoch=0, progress=0.0)
@@ -21,19 +23,28 @@ def name(request):
 def batch_of(n: int = 6) -> Batch:
     labels = torch.arange(n) % 2
     images = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Batch(images, labels, torch.arange(n), true_labels=labels)
+    return Batch(
+        images, labels, torch.arange(n), true_labels=labels, meta=Batch(images[:2], labels[:2], torch.arange(2))
+    )
 
 
-def make(name: str, seed: int = 0) -> Method:
-    return build_method(name, tiny_network(seed), settings())
+@pytest.fixture
+def make(name, tmp_path):
+    def make(seed: int = 0) -> Method:
+        cfg = settings(method=name)
+        method = build_method(name, tiny_network(seed), cfg)
+        method.setup(toy_data(tmp_path / "data"), DistContext(), build_optimizers(cfg, method.param_groups()))
+        return method
+
+    return make
 
 
 def test_it_is_flat(name):
     assert METHODS[name].__mro__[1] is Method
 
 
-def test_loss_is_a_finite_scalar_and_every_group_gets_gradients(name):
-    method = make(name).train()
+def test_loss_is_a_finite_scalar_and_every_group_gets_gradients(make):
+    method = make().train()
     groups = method.param_groups()
     out = method(batch_of(), CLOCK)
     assert out.loss.shape == ()
@@ -47,15 +58,15 @@ def test_loss_is_a_finite_scalar_and_every_group_gets_gradients(name):
     assert len(everything) == len(set(everything))
 
 
-def test_state_round_trips(name):
-    first, second = make(name, seed=0), make(name, seed=1)
+def test_state_round_trips(make):
+    first, second = make(seed=0), make(seed=1)
     assert not is_same(first.state_dict(), second.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert is_same(first.state_dict(), second.state_dict())
 
 
-def test_numbers_of_each_image_and_probabilities(name):
-    method = make(name).eval()
+def test_numbers_of_each_image_and_probabilities(make):
+    method = make().eval()
     batch = batch_of()
     numbers = method.validation_step(batch)
     assert {key: tuple(value.shape) for key, value in numbers.items()} == {"loss": (6,), "predicted": (6,)}
@@ -65,15 +76,15 @@ def test_numbers_of_each_image_and_probabilities(name):
     assert torch.equal(probs.argmax(1), numbers["predicted"])
 
 
-def test_export_has_the_names_of_a_classifier(name):
-    tiny_network().load_state_dict(make(name).export())
+def test_export_has_the_names_of_a_classifier(make):
+    tiny_network().load_state_dict(make().export())
 
 
 def test_a_tiny_set_is_learned_by_heart(name, tmp_path):
-    cfg = settings(epochs=30, batch_size=7, lr=0.1)
+    cfg = settings(method=name, epochs=30, batch_size=7, lr=0.1)
     _, state = run_fit(cfg, toy_data(tmp_path), tmp_path / "work")
     assert state.last["accuracy"] == 1.0
-    assert state.last["loss"] < 0.1
+    assert state.last["loss"] < (0.3 if name == "refurbish" else 0.1)  # its soft labels keep some of early predictions
 
 
 def test_four_steps_are_two_and_two(name, tmp_path):

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
 from scipy.stats import chisquare
 
 from medmask.config.data import Noise, Split
+from medmask.config.finetuning import AnyFinetuning, Proposal, Refurbish, Reweight
 from medmask.data.isic import (
     CLASSES,
     LABELS,
@@ -25,6 +29,11 @@ from medmask.data.isic import (
 from medmask.data.noise import count_flips, count_transitions, flip_symmetric
 from medmask.data.split import make_split
 from medmask.data.tables import read_rows
+from medmask.methods.base import Batch, Clock
+from medmask.methods.meta_learning import MetaLearning, blend_hard, blend_soft
+from medmask.train.distributed import DistContext
+from medmask.train.loader import Plan, Rows, TrainingData
+from medmask.train.optim import build_optimizers, lr_at
 
 ROOT = Path(os.environ.get("MEDMASK_DATA", Path(__file__).resolve().parents[3] / "shared/data")) / "isic2019"
 PREFIX = "ISIC_2019_Training_GroundTruth_"
@@ -150,5 +159,96 @@ def test_published_clean_images_that_are_on_another_side(manifest):
     keys = {"kind": "lists", "mode": "as_published", "train": "sub5000_train", "test": "sub1250_test"}
     _, summary = split(manifest, **keys, meta_set={"list": "clean"})
     assert summary["sides"]["meta_set"]["n"] == 125 - 21 - 6
+    assert summary["shared_meta_set"] == {"train": 21, "test": 6}
+    assert "Of 125 images of the meta set 21 on the side train and 6 on the side test too: kept" in " ".join(
+        summary["notes"]
+    )
     _, summary = split(manifest, **keys, meta_set={"list": "sub_clean"})
     assert summary["sides"]["meta_set"]["n"] == 5
+
+
+def linear_step(labels, weights, clean_label=0):
+    """Weights, trusts and loss of two examples x = 1 of a linear net at 0 with two classes, at a rate of 0.1."""
+    network = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    cfg = Reweight(method="reweight", weights=weights, rescale="none", epochs=1, batch_size=2, lr=0.1, momentum=0)
+    method = MetaLearning(network, cfg)  # type: ignore[arg-type]
+    side = Rows(np.arange(2), np.array(labels), np.array(labels))
+    method.setup(TrainingData(side, side, None, side, 2), DistContext(), build_optimizers(cfg, method.param_groups()))
+    one = torch.ones(1, 1)
+    batch = Batch(
+        one.expand(2, 1),
+        torch.tensor(labels),
+        torch.arange(2),
+        meta=Batch(one, torch.tensor([clean_label]), torch.zeros(1)),
+    )
+    out = method(batch, Clock(0, 0, 0, 0.0))
+    method.after_step(Clock(0, 0, 0, 0.0), DistContext())
+    return method, method.memory()["weight"] / 2, out.loss
+
+
+@pytest.mark.parametrize(("weights", "expected"), [("clamp", [1, 0]), ("sigmoid", [0.5125, 0.4875])])
+def test_fact_1_weights_of_a_linear_net(weights, expected):
+    _, found, loss = linear_step([0, 1], weights)
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert float(loss.detach()) == pytest.approx(np.log(2))  # sum of w_i CE_i, both CE log 2
+    if weights == "sigmoid":  # the two sigmoids sum to 1 already
+        assert torch.logit(found.double()).tolist() == pytest.approx([0.05, -0.05], abs=1e-5)
+
+
+def test_fact_2_targets_between_class_numbers():
+    given, predicted = torch.eye(9)[[1, 0, 7]], torch.tensor([4, 5, 2])
+    targets = blend_hard(given, predicted, torch.tensor([0.5, 0.9, 0.1]), "index")
+    assert targets.argmax(1).tolist() == [2, 0, 2]
+    assert targets.sum(1).tolist() == [1, 1, 1]
+
+
+def test_fact_7_a_soft_target():
+    probs = torch.tensor([[0.2, 0.3, 0.5]])
+    target = blend_soft(torch.eye(3)[:1], probs, torch.tensor([0.5]))
+    assert target[0].tolist() == pytest.approx([0.6, 0.15, 0.25])
+    cfg = Refurbish(method="refurbish", mode="as_published", epochs=1, batch_size=2, lr=0.1)
+    loss = MetaLearning(torch.nn.Linear(1, 3), cfg).losses(probs.log(), target)  # type: ignore[arg-type]
+    assert float(loss) == pytest.approx(-(target * probs.log()).sum())
+
+
+def test_fact_8_weights_sum_to_one_and_may_all_be_zero():
+    _, found, _ = linear_step([0, 1], "sigmoid")
+    assert float(found.sum()) == pytest.approx(1)
+    method, found, loss = linear_step([1, 1], "clamp")
+    assert (found.tolist(), float(loss.detach())) == ([0, 0], 0)
+    loss.backward()
+    assert method.network.weight.grad.abs().max() == 0
+
+
+def test_fact_9_learning_rates_on_four_processes():
+    paper = yaml.safe_load((Path(__file__).parents[2] / "config/papers/noisy_labels.yaml").read_text())
+    cfg = TypeAdapter(AnyFinetuning).validate_python(paper["finetunings"]["published"])
+    assert (cfg.ranks, cfg.momentum) == (4, 0)
+    assert [lr_at(cfg, epoch) for epoch in (0, 49, 50, 100, 150)] == [0.004, 0.004, 0.002, 0.001, 0.0005]
+
+
+def test_fact_10_steps_of_an_epoch_on_four_processes():
+    keys = {"method": "reweight", "mode": "as_published", "epochs": 1, "batch_size": 128, "lr": 0.004, "ranks": 4}
+    assert Plan(Reweight(**keys), 5000, world=4).steps == 39
+    assert Plan(Reweight(**keys, drop_last=False), 5000, world=4).steps == 40
+
+
+def test_fact_11_even_steps_renew_weights_and_odd_ones_trusts():
+    cfg = Proposal(method="proposal", mode="as_published", epochs=1, batch_size=3, lr=0.1, ranks=1)
+    method = MetaLearning(torch.nn.Linear(1, 2), cfg)  # type: ignore[arg-type]
+    side = Rows(np.arange(3), np.zeros(3, dtype=int), np.zeros(3, dtype=int))
+    ctx = DistContext()
+    method.setup(TrainingData(side, side, None, side, 2), ctx, build_optimizers(cfg, method.param_groups()))
+    agreement = torch.tensor([[-1.0, 0, 1], [2.0, 1, 0], [0.5, 0.1, 0.2]])
+    fresh = agreement.sigmoid()
+    found = []
+    for step in range(3):
+        clock = Clock(step, step, 0, 0.0)
+        weight, trust, _ = method.judge(agreement[step], 0.1, clock)
+        found.append((weight, trust))
+        method.after_step(clock, ctx)
+    weights = fresh / fresh.mean(1, keepdim=True)
+    torch.testing.assert_close(found[0], (weights[0], torch.ones(3)))  # a trust of 1: the labels given
+    torch.testing.assert_close(found[1], (weights[0], fresh[1]))
+    torch.testing.assert_close(found[2], (weights[2], fresh[1]))

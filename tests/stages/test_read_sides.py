@@ -26,8 +26,8 @@ def test_files_that_do_not_belong_together(tmp_path, name, old, new, message):
     counts = {side: {"n": n} for side, n in (("train", 9), ("val", 3), ("test", 0))}
     data["summary"].write_text(json.dumps({"classes": ["c0", "c1"], "sides": counts}))
     outputs = {name: tmp_path / name for name in ("model", "best", "history", "record")}
-    files = Files(**data, init=None, **outputs)
-    assert [len(rows) for rows in read_sides(settings(), files, 2)[0].values()] == [9, 3]
+    files = Files(**data, init=None, teacher=None, **outputs)
+    assert [len(rows) for rows in read_sides(settings(), files, 2)[0].values()] == [9, 3, 0]
     text = data[name].read_text()
     assert old in text
     Path(data[name]).write_text(text.replace(old, new))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -73,7 +74,7 @@ def test_the_model_file_says_what_it_is_and_what_it_has_seen(trained, data):
 
 
 def test_labels_are_those_that_the_settings_name(data):
-    files = training.Files(**data, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
     table = np.array([line.split(",")[1:3] for line in data["labels"].read_text().splitlines()[1:]]).astype(int)
     noisy, _ = training.read_sides(settings(), files, 2)
     true, _ = training.read_sides(settings(train_labels="true", validation_labels="true"), files, 2)
@@ -88,7 +89,7 @@ def test_rows_keep_the_order_of_the_split_file_and_find_their_labels_by_id(tmp_p
     files = write_data(tmp_path)
     header, *rows = files["split"].read_text().splitlines()
     files["split"].write_text("\n".join([header, *rows[::-1]]) + "\n")
-    files = training.Files(**files, init=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    files = training.Files(**files, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
     sides, _ = training.read_sides(settings(train_labels="true"), files, 2)
     assert sides["train"].positions.tolist() == list(range(33, -1, -1))
     assert sides["train"].labels.tolist() == [i % 2 for i in range(33, -1, -1)]
@@ -228,13 +229,18 @@ def test_weights_are_loaded_and_finetuned(tmp_path, data):
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
-def flags_of(data: dict[str, Path], out: Path) -> list[str]:
-    flags = [text for name, path in data.items() for text in (f"--{name}", str(path))]
-    return flags + [text for name, file in OUTPUTS.items() for text in (f"--{name}", str(out / file))]
+def flags_of(folder: Path, data: dict[str, Path], **more: Path) -> list[str]:
+    files = {
+        **data,
+        **more,
+        **{name: folder / "out" / file for name, file in OUTPUTS.items()},
+        "work-dir": folder / "work",
+    }
+    return [text for name, path in files.items() for text in (f"--{name.replace('_', '-')}", str(path))]
 
 
 def test_from_the_command_line(tmp_path, data, capsys):
-    flags = [*flags_of(data, tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
+    flags = flags_of(tmp_path, data)
     assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
     assert not list((tmp_path / "work").glob("checkpoint-*"))  # they go once the outputs stand
@@ -267,10 +273,90 @@ def test_a_job_that_waited_trains_only_what_the_other_has_not_published(
         (out / "model.safetensors").touch()  # an older result counts for nothing
         patch.setenv("SLURM_JOB_ID", "13")
         patch.setattr(lease.time, "sleep", other_ends)
-        assert (
-            cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(data, out), "--work-dir", str(work)]) == 0
-        )
+        assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(tmp_path, data)]) == 0
     assert is_same(read_model(out / "model.safetensors")[0], read_model(trained["model"])[0])
     assert (work / "history.jsonl").exists() == (published < 4)
     assert held_while_tidied == [True] * (published < 4)
     assert not (work / "writer.lease").exists()
+
+
+@pytest.mark.parametrize("method", ["reweight", "refurbish", "proposal"])
+def test_methods_with_a_meta_set_from_the_command_line(tmp_path, method, capsys):
+    data = write_data(tmp_path / "data", n_meta=6)
+    cfg = {**SETTINGS, "method": method, "epochs": 1}
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path / "a", data)]) == 0
+    _, spec, seen = load_classifier(tmp_path / "a/out/model.safetensors")
+    assert (spec.n_classes, len(seen)) == (2, 54)  # the trusted images count as seen
+    data = write_data(tmp_path / "data")
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path / "b", data)]) == 2
+    assert f"method: {method} needs trusted images and the split has none: set `meta_set`" in capsys.readouterr().err
+
+
+def test_the_upper_bound_from_the_command_line(tmp_path, trained, capsys):
+    data = write_data(tmp_path / "data", n_meta=6)
+    command = ["finetune", "--config", json.dumps({**SETTINGS, "method": "upper_bound", "epochs": 1})]
+    assert cli.main([*command, *flags_of(tmp_path / "a", data, teacher=trained["model"])]) == 0
+    assert cli.main([*command, *flags_of(tmp_path / "b", data)]) == 2
+    assert "teacher: needed by `method: upper_bound`, none was given" in capsys.readouterr().err
+    data = write_data(tmp_path / "three", n_meta=6, n_classes=3)
+    assert cli.main([*command, *flags_of(tmp_path / "c", data, teacher=trained["model"])]) == 2
+    assert "has other classes than this training: ['c0', 'c1'], not ['c0', 'c1', 'c2']" in capsys.readouterr().err
+
+
+def test_sides_to_train_on(tmp_path):
+    files = training.Files(
+        **write_data(tmp_path, n_meta=6),
+        init=None,
+        teacher=None,
+        **{name: Path(file) for name, file in OUTPUTS.items()},
+    )
+    (alone, few), (pooled, all_) = (
+        training.read_sides(settings(train_on=sides), files, 2) for sides in (["meta_set"], ["train", "meta_set"])
+    )
+    assert alone["train"].positions.tolist() == list(range(48, 54))
+    assert pooled["train"].positions.tolist() == [*range(34), *range(48, 54)]
+    assert (len(few), len(all_)) == (14 + 6, 54)
+    assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 6
+    assert (alone["train"].labels == alone["train"].true_labels).all()
+
+
+def test_trusted_images_that_are_training_images_too(tmp_path):
+    data = write_data(tmp_path, n_meta=2)
+    header, *rows = data["split"].read_text().splitlines()
+    rows = [f"{row},{int(row.startswith(('i0,', 'i4,', 'i47,')))}" for row in rows]
+    data["split"].write_text("\n".join([f"{header},in_meta_set", *rows]) + "\n")
+    files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
+    sides, _ = training.read_sides(settings(), files, 2)
+    assert sides["meta_set"].positions.tolist() == [0, 4, 47, 48, 49]
+    assert (sides["meta_set"].labels == sides["meta_set"].true_labels).all()
+    assert (len(sides["train"]), sides["train"].labels[0] == sides["train"].true_labels[0]) == (34, False)
+    pooled, _ = training.read_sides(settings(train_on=["train", "meta_set"]), files, 2)
+    assert sorted(pooled["train"].positions) == [*range(34), 47, 48, 49]
+    assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 5
+
+
+def test_what_was_learnt_of_the_images(tmp_path):
+    data = write_data(tmp_path / "data", n_meta=6)
+    more = {"weights": tmp_path / "out" / "weights.csv", "soft-labels": tmp_path / "out" / "soft_labels.csv"}
+    cfg = {**SETTINGS, "method": "proposal", "targets": "soft", "record_every": 2, "epochs": 3}
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path, data, **more)]) == 0
+    weights = pd.read_csv(more["weights"])
+    assert list(weights.columns) == ["image_id", "epoch", "weight", "trust", "is_flipped"]
+    assert weights["epoch"].value_counts().to_dict() == {2: 34, 3: 34}
+    assert weights["image_id"].tolist()[:34] == [f"i{k}" for k in range(34)]
+    assert weights[weights["is_flipped"] == 1]["image_id"].unique().tolist() == [f"i{k}" for k in range(0, 34, 6)]
+    assert weights["trust"].between(0, 1).all()
+    soft = pd.read_csv(more["soft-labels"])
+    assert list(soft.columns) == ["image_id", "prob_c0", "prob_c1"]
+    assert soft[["prob_c0", "prob_c1"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(34), abs=1e-5)
+    assert not (tmp_path / "work" / "per_image").exists()
+    assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(tmp_path, data, **more)]) == 0
+    assert [path.read_text().count("\n") for path in more.values()] == [1, 1]
+
+
+def test_a_note_where_no_label_is_flipped(tmp_path):
+    data = write_data(tmp_path / "data", n_meta=6)
+    cfg = settings(method="reweight", train_labels="true", epochs=1)
+    record = json.loads(run(tmp_path / "a", data, cfg=cfg)["record"].read_text())
+    note = "no training label is flipped, so nothing is said on how well weights or trusts find them"
+    assert note in record["notes"]

@@ -1,5 +1,6 @@
 """What each of two processes runs for test_distributed.py: `python -m tests.train.ranks FOLDER`."""
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -9,14 +10,22 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from medmask.errors import Stopped
 from medmask.methods import METHODS
 from medmask.models.freeze import freeze_stages
 from medmask.train.batchnorm import convert_batchnorm
 from medmask.train.distributed import DistContext, Verdict, distributed
-from tests.toy import run_fit, settings, tiny_network, toy_data
+from tests.toy import StopAfter, run_fit, settings, tiny_network, toy_data
 
+PUBLISHED = {"mode": "as_published", "ranks": 2, "batch_size": 8, "meta": {"size": 3}}
+STOPPED = "refurbish, stopped"
 TRAININGS = {
     **{f"method {name}": {"method": name} for name in METHODS},
+    "reweight, sigmoid": {"method": "reweight", "weights": "sigmoid", "rescale": "none"},
+    "refurbish, hard": {"method": "refurbish", "targets": "hard", "reduction": "sum", "lr": 0.005},
+    "proposal, soft": {"method": "proposal", "targets": "soft", "rescale": "lr", "augment": {"flip": 0.5}},
+    STOPPED: {"method": "refurbish"},
+    **{f"published {name}": {"method": name, **PUBLISHED} for name in ("reweight", "proposal")},
     "parts": {"accumulate": 2},
     "frozen": {},
     "own statistics": {"sync_bn": False, "ranks": 2, "batch_size": 8, "drop_last": True},
@@ -64,7 +73,7 @@ def check_context(ctx: DistContext) -> None:
 
 
 def train_all(folder: Path, ctx: DistContext) -> dict[str, dict[str, torch.Tensor]]:
-    data = toy_data(folder / f"data-{ctx.world}-{ctx.rank}")
+    data = toy_data(folder / f"data-{ctx.world}-{ctx.rank}", flip_every=3)
     results = {}
     for name, changes in TRAININGS.items():
         network = copy.deepcopy(tiny_network())
@@ -74,7 +83,11 @@ def train_all(folder: Path, ctx: DistContext) -> dict[str, dict[str, torch.Tenso
         cfg = settings(**{"batch_size": 9, **changes})  # 21 images: batches of 9, 9 and 3, shared unequally
         if ctx.world == 1 and not cfg.sync_bn:
             continue
-        results[name] = run_fit(cfg, data, work, network=network, ctx=ctx)[0]
+        if name == STOPPED:
+            with contextlib.suppress(Stopped):
+                run_fit(cfg, data, work, network=copy.deepcopy(network), ctx=ctx, stop=StopAfter(2))
+            ctx.barrier()  # until the main rank has saved
+        results[name] = run_fit(cfg, data, work, network=network, ctx=ctx, with_memory=True)[0]
     return results
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from medmask.errors import ConfigError, LaunchError
 from medmask.launch.local import free_port
 from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
-from tests.toy import is_same, tiny_network
-from tests.train.ranks import norm_images, norm_loss, norm_network, train_all
+from medmask.train.loader import Plan
+from tests.toy import is_same, settings, tiny_network
+from tests.train.ranks import STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,10 +66,36 @@ def test_ranks_end_with_equal_weights(ranks):
 
 def test_two_ranks_end_with_the_weights_of_one(ranks):
     (first, _), alone = ranks
-    assert set(first) - set(alone) == {"norm", "own statistics"}
+    assert set(first) - set(alone) == {"norm", "own statistics", "published reweight", "published proposal"}
     for name, expected in alone.items():
         for key, value in expected.items():
-            torch.testing.assert_close(first[name][key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+            is_close = torch.allclose(first[name][key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+            assert is_close, f"{name}, {key}: {first[name][key]}, not {value}"
+
+
+def test_two_ranks_that_are_stopped_go_on_with_the_same_bits(ranks):
+    (first, _), _ = ranks
+    assert is_same(first[STOPPED], first["method refurbish"])
+    assert "memory.targets" in first[STOPPED]
+
+
+def shares_of_weight(weights, name):
+    """Sum of weights over their number, by step of the last epoch and by rank, (steps, 2)."""
+    plan = Plan(settings(**{"batch_size": 9, **TRAININGS[name]}), 21, 2)
+    order = plan.order(1)
+    rows = [[plan.rows(order, step, 0, rank) for rank in range(2)] for step in range(plan.steps)]
+    return np.array([[float(weights[each].mean()) for each in step] for step in rows])
+
+
+def test_weights_are_normalised_over_all_ranks_or_as_published_by_each(ranks):
+    (first, _), _ = ranks
+    published = shares_of_weight(first["published reweight"]["memory.weight"], "published reweight")
+    assert published == pytest.approx(np.ones((2, 2)), abs=1e-5)
+    corrected = shares_of_weight(first["method reweight"]["memory.weight"], "method reweight")
+    assert np.abs(corrected - 1).max() > 0.1
+    whole = (corrected * [[4, 5], [4, 5], [1, 2]]).sum(1) / [9, 9, 3]
+    assert whole == pytest.approx(np.where(whole > 0, 1, 0), abs=1e-5)
+    assert (whole > 0).any()
 
 
 def test_own_statistics_make_a_difference(ranks):

@@ -6,12 +6,13 @@ import torch
 
 from medmask.config.training import Augment
 from medmask.errors import ConfigError
+from medmask.methods.supervised import Supervised
 from medmask.train.loader import Parts, Plan, training_parts
 from tests.toy import settings, toy_data
 
 
 def images_of(cfg, data, *, rank=0, world=1, start=0):
-    parts = Parts(Plan(cfg, len(data.train), world), data.train, data.reader, rank, needs_truth=False)
+    parts = Parts(Plan(cfg, len(data.train), world), data, rank, Supervised)
     return list(training_parts(parts, start, cfg.workers, pin=False))
 
 

@@ -192,7 +192,7 @@ def workflow(tmp_path):
         ("finetunings/plain/epoch", 3, "finetunings.plain.epoch: unknown key (value 3)"),
         ("noises/sym/rate", 1.5, "noises.sym.rate: need less than or equal to 1, got 1.5"),
         ("experiments/tiny/split", "nope", "unknown name 'nope'; choices: holdout"),
-        ("finetunings/plain/method", "reweight", "reweight is not in this version"),
+        ("pretrainings/base/method", "noise_mask", "noise_mask is not in this version"),
     ],
 )
 def test_a_bad_config_is_refused_in_one_line(workflow, path, value, message):

@@ -81,6 +81,8 @@ rule finetune:
         model="results/finetune/{key}/model.safetensors",
         best="results/finetune/{key}/best.safetensors",
         history="results/finetune/{key}/history.jsonl",
+        weights="results/finetune/{key}/weights.csv",
+        soft_labels="results/finetune/{key}/soft_labels.csv",
         record="results/finetune/{key}/record.json",
     log:
         "logs/finetune/{key}.log",
@@ -95,7 +97,8 @@ rule finetune:
         work="work/{key}",
     shell:
         "python -m medmask finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
+        " --best {output.best:q} --history {output.history:q} --weights {output.weights:q}"
+        " --soft-labels {output.soft_labels:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
 
 
 rule finetune_ddp:
@@ -105,6 +108,8 @@ rule finetune_ddp:
         model="results/finetune/{key}/model.safetensors",
         best="results/finetune/{key}/best.safetensors",
         history="results/finetune/{key}/history.jsonl",
+        weights="results/finetune/{key}/weights.csv",
+        soft_labels="results/finetune/{key}/soft_labels.csv",
         record="results/finetune/{key}/record.json",
     log:
         "logs/finetune/{key}.log",
@@ -123,4 +128,5 @@ rule finetune_ddp:
     shell:
         "python -m medmask.launch {params.launch} --work-dir {params.work:q} --"
         " finetune --config {params.config:q} {params.files} --work-dir {params.work:q} --model {output.model:q}"
-        " --best {output.best:q} --history {output.history:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
+        " --best {output.best:q} --history {output.history:q} --weights {output.weights:q}"
+        " --soft-labels {output.soft_labels:q} --record {output.record:q} 2>&1 | tee -i {log:q}"

@@ -1,0 +1,176 @@
+"""Config of the stages finetune and mask: one class a method."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from medmask.config.base import Block, Float, Fraction, Int, Name
+from medmask.config.training import Supervised, Training
+
+
+class Source(Block):
+    """Another network of the experiment: the run named, or this run, with these fields changed."""
+
+    run: Name | None = Field(None, description="a row of the experiment; null: this run")
+    dataset: Name | None = None
+    split: Name | None = None
+    noise: Name | None = None
+    pretrain: Name | None = None
+    finetune: Name | None = None
+
+
+class MaskRule(Block):
+    """From saliency maps to masks (a later version)."""
+
+    kind: Literal["threshold", "top_k", "mean", "official", "random"] = Field(description="rule")
+    strength: Fraction = Field(0.1, description="its parameter")
+
+
+class Finetuning(Training):
+    """Keys that only finetunings have."""
+
+    freeze: Literal["none", "all"] | Annotated[Int, Field(ge=1)] = Field(
+        "none", description="part of the backbone that stays: all, or all but the last n stages"
+    )
+    after: Name | None = Field(None, description="start from this finetuning of the same run")
+    masks: Name | None = Field(None, description="hide what the starting network looks at (a later version)")
+    mask_rule: MaskRule | None = Field(None, description="how (a later version)")
+
+    @model_validator(mode="after")
+    def masks_fit(self) -> "Finetuning":
+        if (self.masks is None) != (self.mask_rule is None):
+            raise ValueError("mask_rule: needed with `masks`, and only there")
+        return self
+
+
+class SupervisedFinetuning(Finetuning):
+    """Cross-entropy on the labels of the training side."""
+
+    PUBLISHED = Supervised.PUBLISHED
+    method: Literal["supervised"]
+
+
+class GeneralisedCrossEntropy(Finetuning):
+    """Generalised cross-entropy (1 - p^q) / q. Source: Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836."""
+
+    method: Literal["gce"]
+    q: Fraction = Field(0.7, gt=0, description="towards 0 it is cross-entropy, at 1 half the absolute error")
+
+
+class EarlyLearning(Finetuning):
+    """Early-learning regularisation. Source: Liu et al., NeurIPS 2020, arXiv 2007.00151."""
+
+    method: Literal["elr"]
+    strength: Float = Field(3.0, ge=0, description="factor of the regulariser")
+    memory: Fraction = Field(0.7, description="share of the old target that a new prediction leaves")
+
+
+class Meta(Block):
+    """The trusted batch of a step."""
+
+    size: Int | None = Field(5, ge=1, description="images; null: the whole meta set")
+    refresh: Literal["each_step", "once"] = Field(
+        "each_step", description="once: the same images, changed at random once, for the whole training"
+    )
+    scope: Literal["global", "rank"] = Field(
+        "global",
+        description="global: one trusted batch for all ranks, and weights and sums over the batch of all; "
+        "rank: each rank for itself",
+    )
+
+
+META_PUBLISHED: dict[str, Any] = {
+    **Supervised.PUBLISHED, "rescale": "none", "clip_norm": 0.25, "drop_last": True, "epsilon": 1e-10,
+    "meta": {"refresh": "once", "scope": "rank"},
+}  # fmt: skip
+
+
+class MetaLearning(Finetuning):
+    """What the methods share that learn from a step's effect on trusted images."""
+
+    meta: Meta = Field(Meta(), description="see below")
+    rescale: Literal["none", "lr", "std"] = Field(
+        "std",
+        description="agreement with the trusted batch, before a sigmoid: as it is, over `lr`, or standardised over "
+        "the batch",
+    )
+    epsilon: Float = Field(0.0, ge=0, description="added to the sum of weights, and to probabilities of soft targets")
+
+    @model_validator(mode="after")
+    def meta_fits(self) -> "MetaLearning":
+        if self.accumulate > 1:
+            raise ValueError(f"accumulate: need 1, since weights rest on the whole batch, got {self.accumulate}")
+        if self.meta.scope == "rank" and self.sync_bn:
+            raise ValueError("meta.scope: rank makes the number of ranks matter: set `sync_bn: false` too, or `global`")
+        return self
+
+
+class Reweight(MetaLearning):
+    """Learning to reweight examples. Source: Ren et al., ICML 2018, arXiv 1803.09050."""
+
+    PUBLISHED = {**META_PUBLISHED, "weights": "sigmoid"}
+    method: Literal["reweight"]
+    weights: Literal["clamp", "sigmoid"] = Field("clamp", description="from agreement to weight")
+
+
+class Refurbish(MetaLearning):
+    """Labels blended with predictions by a trust that the trusted images teach."""
+
+    PUBLISHED = {**META_PUBLISHED, "reduction": "sum", "epsilon": 0.0, "blend": "index", "drop_last": False}
+    method: Literal["refurbish"]
+    targets: Literal["hard", "soft"] = Field(
+        "soft", description="blend with the predicted class; or a table of soft labels with the prediction"
+    )
+    blend: Literal["loss", "choose", "index"] = Field(
+        "loss", description="hard: the two losses, the likelier of the two labels, or their numbers, cut to a whole one"
+    )
+    reduction: Literal["mean", "sum"] = Field("mean", description="of the losses over the batch")
+
+    @classmethod
+    def preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        soft = {**META_PUBLISHED, "reduction": "sum", "clip_norm": None, "meta": {"scope": "rank"}}
+        return cls.PUBLISHED if given.get("targets") == "hard" else soft
+
+
+class Proposal(MetaLearning):
+    """Reweighting and refurbishment together."""
+
+    PUBLISHED = {**META_PUBLISHED, "epsilon": 0.0, "blend": "index", "alternate": True}
+    method: Literal["proposal"]
+    weights: Literal["clamp", "sigmoid"] = Field("sigmoid", description="from agreement to weight")
+    targets: Literal["hard", "soft"] = Field("hard", description="as for refurbish")
+    blend: Literal["loss", "choose", "index"] = Field("loss", description="as for refurbish")
+    alternate: bool = Field(
+        False,
+        description="even steps renew the weights, odd ones the trust; the other is that of the step before's images",
+    )
+
+    @model_validator(mode="after")
+    def alternate_fits(self) -> "Proposal":
+        if self.alternate and not self.drop_last:
+            raise ValueError("alternate: needs `drop_last: true`, since a step takes over values of the one before")
+        return self
+
+
+class UpperBound(MetaLearning):
+    """Reweighting with the labels of a teacher for flipped images: what knowing the flips would give."""
+
+    PUBLISHED = META_PUBLISHED
+    method: Literal["upper_bound"]
+    teacher: Source | None = Field(None, description="needed: the network whose predictions replace flipped labels")
+    weights: Literal["clamp", "sigmoid"] = Field("sigmoid", description="from agreement to weight")
+    targets: Literal["hard", "soft"] = Field("hard", description="the teacher's class, or its probabilities")
+
+
+class SaliencyMaps(Block):
+    """Saliency maps of the starting network (a later version)."""
+
+    method: Literal["xgradcam", "gradcam"]
+    layer: Name = Field("last_relu", description="activation that is explained")
+    target: Literal["true", "predicted"] = Field("true", description="class that is explained")
+
+
+AnyFinetuning = Annotated[
+    SupervisedFinetuning | Reweight | Refurbish | Proposal | UpperBound | GeneralisedCrossEntropy | EarlyLearning,
+    Field(discriminator="method"),
+]
