@@ -136,6 +136,12 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
         parser.add_argument("--checkpoint-min", type=float, default=15, help="minutes between checkpoints (15)")
 
 
+def targets_of(stage: ModuleType, args: argparse.Namespace) -> dict[str, Path]:
+    """The output files asked for, by name; the one that tells that all is done comes last."""
+    wanted = [name for name in getattr(stage, "OPTIONAL_OUTPUTS", ()) if getattr(args, name) is not None]
+    return {name: getattr(args, name) for name in (*wanted, *stage.OUTPUTS)}
+
+
 def run_stage(args: argparse.Namespace) -> None:
     """Check settings and inputs, run the stage on temporary outputs, and move them into place when all is done."""
     stage = stage_module(args.command)
@@ -149,8 +155,7 @@ def run_stage(args: argparse.Namespace) -> None:
         more["data_root"] = args.data_root
     if getattr(stage, "TRAINS", False):
         more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min}
-    more_outputs = [name for name in getattr(stage, "OPTIONAL_OUTPUTS", ()) if getattr(args, name) is not None]
-    targets = {name: getattr(args, name) for name in (*more_outputs, *stage.OUTPUTS)}  # the record comes last
+    targets = targets_of(stage, args)
     record = {
         "stage": args.command,
         **io.provenance(),

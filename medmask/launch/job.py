@@ -160,8 +160,9 @@ def make_task(options: Options, command: list[str]) -> Task:
     run = {"stage": command[0], "settings": kept, "inputs": digests, "folder": str(options.work_dir.resolve())}
     digest = io.digest(run)[:12]
     folder = options.work_dir / f"finished-{digest}"
-    outputs = [(folder / f"{name}{getattr(args, name).suffix}", getattr(args, name)) for name in stage.OUTPUTS]
+    targets = cli.targets_of(stage, args)
+    outputs = [(folder / f"{name}{path.suffix}", path) for name, path in targets.items()]
     line = [*command, "--work-dir", str(options.work_dir)]
-    for name, (path, _) in zip(stage.OUTPUTS, outputs, strict=True):
+    for name, (path, _) in zip(targets, outputs, strict=True):
         line += [cli.flag(name), str(path)]  # the last one counts
     return Task(f"medmask-{digest}", command[0], line, outputs)
