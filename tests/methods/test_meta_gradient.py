@@ -45,9 +45,11 @@ class Block(nn.Module):
 
 
 def make_network() -> nn.Module:
+    """No bias before a batch norm: its gradient is zero, where the square root of torch's Adam has no derivative."""
     torch.manual_seed(0)
-    trunk = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block(), nn.MaxPool2d(2), nn.Flatten())
-    network = nn.Sequential(trunk, nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    first, second = nn.Conv2d(2, 4, 3, bias=False), nn.Linear(16, 5, bias=False)
+    trunk = nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), Block(), nn.MaxPool2d(2), nn.Flatten())
+    network = nn.Sequential(trunk, second, nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
     for values in [*network.parameters(), *(m.running_var for m in network.modules() if hasattr(m, "running_var"))]:
         values.data = values.data + 0.3 * torch.rand(values.shape, dtype=torch.float64)
     return network
