@@ -140,6 +140,12 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
         parser.add_argument("--checkpoint-min", type=float, default=15, help="minutes between checkpoints (15)")
 
 
+def targets_of(stage: ModuleType, args: argparse.Namespace) -> dict[str, Path]:
+    """The output files asked for, by name; the one that tells that all is done comes last."""
+    wanted = [name for name in getattr(stage, "OPTIONAL_OUTPUTS", ()) if getattr(args, name) is not None]
+    return {name: getattr(args, name) for name in (*wanted, *stage.OUTPUTS)}
+
+
 def run_stage(args: argparse.Namespace) -> None:
     """Check settings and inputs, run the stage on temporary outputs, and move them into place when all is done."""
     stage = stage_module(args.command)
@@ -151,7 +157,7 @@ def run_stage(args: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         more["data_root"] = args.data_root
-    targets = outputs_of(stage, args)
+    targets = targets_of(stage, args)
     record = {
         "stage": args.command,
         **io.provenance(),
@@ -196,12 +202,6 @@ def last_changes(paths: list[Path]) -> list[int | None]:
     """When each file was last changed, ns; None without one. Folders are listed, so that a file server is asked."""
     there = {file for folder in {path.parent for path in paths} if folder.exists() for file in folder.iterdir()}
     return [path.stat().st_mtime_ns if path in there else None for path in paths]
-
-
-def outputs_of(stage: ModuleType, args: argparse.Namespace) -> dict[str, Path]:
-    """The outputs that were asked for; the last one of `OUTPUTS` comes last."""
-    given = {name: getattr(args, name) for name in (*getattr(stage, "OPTIONAL_OUTPUTS", ()), *stage.OUTPUTS)}
-    return {name: path for name, path in given.items() if path is not None}
 
 
 def parse_settings(text: str, model: Any, where: str) -> Any:

@@ -24,6 +24,7 @@ OUTPUTS = {
     "model": "model.safetensors",
     "best": "best.safetensors",
     "history": "history.jsonl",
+    "weights": "weights.csv",
     "record": "record.json",
 }
 LONG = {**SETTINGS, "epochs": 40, "ranks": 2, "augment": {"flip": 0.5}, "schedule": {"kind": "cosine"}}

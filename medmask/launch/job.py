@@ -154,7 +154,7 @@ def make_task(options: Options, command: list[str]) -> Task:
     run = {"stage": command[0], "settings": kept, "inputs": digests, "folder": str(options.work_dir.resolve())}
     digest = io.digest(run)[:12]
     folder = options.work_dir / f"finished-{digest}"
-    targets = cli.outputs_of(stage, args)
+    targets = cli.targets_of(stage, args)
     finished = {name: folder / f"{name}{path.suffix}" for name, path in targets.items()}
     line = [*command, "--work-dir", str(options.work_dir)]
     line += [text for name, path in finished.items() for text in (cli.flag(name), str(path))]  # the last ones count

@@ -14,6 +14,7 @@ from medmask.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 KEPT = 2
+LAYOUT = 2  # raised when checkpoints of an older version cannot be gone on from
 
 
 class Checkpointer:
@@ -111,4 +112,4 @@ def fingerprint(settings: dict[str, Any], inputs: dict[str, Path | None]) -> str
     left_out = {"workers", "needs", *({"ranks"} if settings.get("sync_bn") else ())}
     kept = {name: value for name, value in settings.items() if name not in left_out}
     digests = {name: None if path is None else io.file_digest(path) for name, path in inputs.items()}
-    return io.digest({"settings": kept, "inputs": digests})
+    return io.digest({"settings": kept, "inputs": digests, "layout": LAYOUT})

@@ -16,6 +16,8 @@ from scipy.stats import chisquare
 
 from medmask.config.data import Noise, Split
 from medmask.config.finetuning import AnyFinetuning, Proposal, Refurbish, Reweight
+from medmask.config.training import Image
+from medmask.data.images import ImageReader
 from medmask.data.isic import (
     CLASSES,
     LABELS,
@@ -34,6 +36,7 @@ from medmask.methods.meta_learning import MetaLearning, blend_hard, blend_soft
 from medmask.train.distributed import DistContext
 from medmask.train.loader import Plan, Rows, TrainingData
 from medmask.train.optim import build_optimizers, lr_at
+from tests.toy import write_pack
 
 ROOT = Path(os.environ.get("MEDMASK_DATA", Path(__file__).resolve().parents[3] / "shared/data")) / "isic2019"
 PREFIX = "ISIC_2019_Training_GroundTruth_"
@@ -252,3 +255,10 @@ def test_fact_11_even_steps_renew_weights_and_odd_ones_trusts():
     torch.testing.assert_close(found[0], (weights[0], torch.ones(3)))  # a trust of 1: the labels given
     torch.testing.assert_close(found[1], (weights[0], fresh[1]))
     torch.testing.assert_close(found[2], (weights[2], fresh[1]))
+
+
+def test_fact_12_a_white_pixel(tmp_path):
+    write_pack(tmp_path, [np.full((1, 1, 3), 255, dtype=np.uint8)])
+    image = Image(mean=(0.485, 0.456, 0.406), std=(1, 1, 1))
+    white = ImageReader(tmp_path / "images.npy", tmp_path / "index.npy", image).batch(np.array([0]))
+    assert white.flatten().tolist() == pytest.approx([0.515, 0.544, 0.594])

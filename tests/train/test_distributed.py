@@ -122,6 +122,9 @@ def test_frozen_layers_stay_marked_and_a_gpu_gets_the_norm_of_torch():
     convert_batchnorm(network, torch.device("cuda"))
     assert isinstance(network.backbone[1], nn.SyncBatchNorm)
     assert network.backbone[1].is_frozen
+    network = tiny_network()
+    convert_batchnorm(network, torch.device("cuda"), forward_mode=True)
+    assert isinstance(network.backbone[1], GlobalBatchNorm)
 
 
 def test_a_batch_norm_that_does_more_is_refused():
