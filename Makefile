@@ -32,7 +32,7 @@ test: setup
 # On a cluster of its own, which is left up (tests/slurm/cluster.sh down ends it); skipped where there can be none
 test-slurm: setup
 	@tests/slurm/cluster.sh up || test $$? = 3
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest tests/slurm --durations=0 --durations-min=5
 
 check: setup
 	$(BIN)/ruff check .
