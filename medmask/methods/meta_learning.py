@@ -44,9 +44,8 @@ class MetaLearning(Method):
         if self.has_teacher:
             if data.teacher is None:
                 raise ConfigError("teacher: needed by `method: upper_bound`, none was given")
-            self.teacher = (
-                data.teacher.to(ctx.device).eval(),
-            )  # in a tuple: no part of the state, never in train mode
+            # in a tuple it is no part of the state, and never put into train mode
+            self.teacher = (data.teacher.to(ctx.device).eval(),)
         if self.weighs:
             self.keep("weight", torch.full((n,), unknown))
         if self.refurbishes:
@@ -99,12 +98,12 @@ class MetaLearning(Method):
         Over the batch means over that of all ranks, unless `meta.scope` is rank.
         """
         n = len(agreement)
-        whole = agreement[None]
-        own = 0
+        everyone, before = agreement, 0
         if self.ctx.world > 1 and self.cfg.meta.scope == "global":
-            whole, own = self.ctx.gather_rows(agreement, self.most), self.ctx.rank
-        everyone = whole[~whole.isnan()] if len(whole) > 1 else agreement  # in the order of the global batch
-        before = int((~whole[:own].isnan()).sum())
+            marked = torch.stack([agreement, torch.ones_like(agreement)], dim=1)
+            whole = self.ctx.gather_rows(marked, self.most)
+            is_there = ~whole[..., 1].isnan()  # an agreement may be NaN itself, in a training that diverges
+            everyone, before = whole[..., 0][is_there], int(is_there[: self.ctx.rank].sum())
         self.size = len(everyone)
         scaled = rescaled(everyone, self.cfg.rescale, lr)
         trust = scaled.sigmoid() if self.refurbishes else torch.ones_like(everyone)

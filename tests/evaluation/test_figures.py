@@ -1,9 +1,11 @@
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from medmask.evaluation import figures
 from medmask.evaluation.cells import Measure, judge_published, make_cells, measure_cells
-from medmask.evaluation.collect import read_runs
+from medmask.evaluation.collect import Run, read_runs
 from tests.evaluation.fake_results import make_results
 
 MEASURE = Measure("balanced_accuracy", "test", "last")
@@ -69,3 +71,16 @@ def test_nothing_finished_still_gives_figures(experiment):
     assert figures.confusion_figure(failed, MEASURE).texts[0].get_text() == "No run has finished yet"
     assert figures.noise_figure([]).texts[0].get_text() == "No labels have been made yet"
     assert figures.curves_figure([]).texts[0].get_text() == "No training has started yet"
+
+
+def test_weights_figure_tells_flipped_labels_from_the_others(experiment, monkeypatch):
+    _, cells = experiment
+    table = pd.DataFrame(
+        {"epoch": [1, 2, 2, 2, 2], "weight": [9.0, 0.0, 1.0, 1.0, 2.0], "trust": np.nan, "is_flipped": [0, 1, 0, 0, 0]}
+    )
+    monkeypatch.setattr(Run, "weights", lambda self: table)
+    figure = figures.weights_figure(cells[:1])
+    (axes,) = (ax for ax in figure.axes if ax.get_title())  # no panel for the trusts, which nobody has
+    assert axes.get_title().endswith("weight")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["label kept", "label flipped"]
+    assert axes.get_xlim()[1] < 3  # of the last epoch only
