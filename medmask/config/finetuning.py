@@ -94,6 +94,9 @@ class MetaLearning(Finetuning):
         description="agreement with the trusted batch, before a sigmoid: as it is, over `lr`, or standardised over "
         "the batch",
     )
+    gradient: Literal["exact", "last_layer"] = Field(
+        "exact", description="last_layer: an approximation by the gradients of the last linear layer alone, far cheaper"
+    )
     epsilon: Float = Field(0.0, ge=0, description="added to the sum of weights, and to probabilities of soft targets")
 
     @model_validator(mode="after")

@@ -15,7 +15,12 @@ from torch.nn import functional
 
 from medmask.errors import ConfigError
 from medmask.methods.base import Batch, Clock, Method, Ranks, StepOutput
-from medmask.methods.meta_gradient import agreement_of, clean_direction, forward_with_tangents
+from medmask.methods.meta_gradient import (
+    agreement_of,
+    clean_direction,
+    forward_with_last_layer_tangents,
+    forward_with_tangents,
+)
 from medmask.models.backbones import Classifier
 
 
@@ -60,8 +65,12 @@ class MetaLearning(Method):
     def training_step(self, batch: Batch, clock: Clock) -> StepOutput:
         assert batch.meta is not None
         (optimizer,) = self.optimizers.values()
-        direction = clean_direction(self.network, optimizer, batch.meta.images, batch.meta.labels)
-        logits, tangents = forward_with_tangents(self.network, batch.images, direction)
+        trusted = (batch.meta.images, batch.meta.labels)
+        if self.cfg.gradient == "last_layer":
+            logits, tangents = forward_with_last_layer_tangents(self.network, optimizer, batch.images, *trusted)
+        else:
+            direction = clean_direction(self.network, optimizer, *trusted)
+            logits, tangents = forward_with_tangents(self.network, batch.images, direction)
         targets = self.teach(batch, functional.one_hot(batch.labels, logits.shape[1]).to(at_least_float32(logits)))
         agreement = agreement_of(lambda scores: self.losses(scores, targets), logits, tangents)
         weight, trust, is_empty = self.judge(agreement, optimizer.param_groups[0]["lr"], clock)

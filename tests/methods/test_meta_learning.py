@@ -50,7 +50,7 @@ def batch_of(data, rows, trusted=(0, 1)):
 def agreement_by_definition(network, batch, lr):
     """lr times the inner products of the clean gradient, at the same weights, with the gradient of each example."""
     network = copy.deepcopy(network)
-    parameters = list(network.parameters())
+    parameters = [p for p in network.parameters() if p.requires_grad]
 
     def gradient(images, labels):
         return torch.autograd.grad(functional.cross_entropy(network(images), labels), parameters)
@@ -62,6 +62,19 @@ def agreement_by_definition(network, batch, lr):
             for image, label in zip(batch.images, batch.labels, strict=True)
         ]
     )
+
+
+def test_agreement_of_the_last_layer_alone(tmp_path):
+    data = toy_data(tmp_path, flip_every=3)
+    batch = batch_of(data, range(7))
+    method = make(data, method="reweight", gradient="last_layer")
+    network = copy.deepcopy(method.network)
+    for parameter in network.backbone.parameters():
+        parameter.requires_grad_(False)
+    expected = agreement_by_definition(network, batch, 0.05).mean()
+    found, exact = (float(m(batch, clock(0)).logs["meta/agreement"]) for m in (method, make(data, method="reweight")))
+    assert found == pytest.approx(float(expected), rel=1e-3)
+    assert found != pytest.approx(exact, rel=1e-2)
 
 
 @pytest.mark.parametrize(
