@@ -140,8 +140,8 @@ JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=10
 NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((PORT + 11))-$((PORT + 12))] CPUs=16 RealMemory=64000 Gres=gpu:8
 PartitionName=cpu Nodes=n[1-2] Default=YES MaxTime=2-00:00:00 DefaultTime=00:10:00 State=UP
-PartitionName=urgent Nodes=n[1-2] MaxTime=1-00:00:00 DefaultTime=00:10:00 State=UP PriorityTier=10
 PartitionName=gpu Nodes=n[1-2] MaxTime=2-00:00:00 DefaultTime=00:10:00 State=UP
+PartitionName=urgent Nodes=n[1-2] MaxTime=1-00:00:00 DefaultTime=00:10:00 State=UP PriorityTier=10
 CONF
     for node in "${NODES[@]}"; do
         echo "NodeName=$node Name=gpu File=$DIR/dev/$node/gpu[0-7]"
