@@ -24,6 +24,9 @@ class Shortcut(Block):
     place: Literal["top_left", "top_right", "bottom_left", "bottom_right", "centre", "random"] = Field(
         "top_left", description="where it lies; random: drawn for each image"
     )
+    margin: Int = Field(
+        0, ge=0, description="pixels from the edges of the packed image; what `image` crops away nobody sees"
+    )
     rate: dict[Text, Fraction] = Field(
         min_length=1, description="class name: fraction of its training images that carry the cue; 0 for others"
     )

@@ -44,10 +44,10 @@ def with_cues(source: Source, shortcut: Shortcut, resize: int | None) -> Source:
 def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
     """A copy of an RGB image with the cue; `number` names the draw of a random place."""
     height, width = pixels.shape[:2]
-    if shortcut.size > min(height, width):
-        raise ConfigError(
-            f"data.shortcut.size: the cue of {shortcut.size} pixels is larger than image {number} ({width} x {height})"
-        )
+    side = shortcut.size + 2 * shortcut.margin
+    if side > min(height, width):
+        what = f"{shortcut.size} pixels" + (f" and its margins of {shortcut.margin}" if shortcut.margin else "")
+        raise ConfigError(f"data.shortcut.size: the cue of {what} is larger than image {number} ({width} x {height})")
     changed = pixels.copy()
     changed[cue_area(shortcut, height, width, number)] = shortcut.colour
     return changed
@@ -56,7 +56,8 @@ def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
 def cue_area(shortcut: Shortcut, height: int, width: int, number: int = 0) -> np.ndarray:
     """Pixels that the cue covers, (H, W) bool."""
     size, area = shortcut.size, np.zeros((height, width), dtype=bool)
-    top, left = corner(shortcut, height - size, width - size, number)
+    edge = shortcut.margin
+    top, left = (edge + x for x in corner(shortcut, height - size - 2 * edge, width - size - 2 * edge, number))
     if shortcut.kind == "rectangle":
         area[top : top + size, left : left + size] = True
     elif shortcut.kind == "disc":

@@ -31,6 +31,9 @@ def test_each_kind_and_place_by_hand():
     assert square.astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0] * 5, [0] * 5]
     assert cue_area(Shortcut(rate=RATE, size=2, place="bottom_right"), 4, 5)[2:, 3:].all()
     assert cue_area(Shortcut(rate=RATE, size=2, place="centre"), 4, 6)[1:3, 2:4].all()
+    inset = cue_area(Shortcut(rate=RATE, size=2, margin=1, place="bottom_right"), 5, 6)
+    assert inset[2:4, 3:5].all()
+    assert inset.sum() == 4
     disc = cue_area(Shortcut(rate=RATE, size=4, kind="disc"), 4, 4)
     assert disc.astype(int).tolist() == [[0, 1, 1, 0], [1] * 4, [1] * 4, [0, 1, 1, 0]]
     ruler = cue_area(Shortcut(rate=RATE, size=4, kind="ruler", place="bottom_left"), 6, 5)
