@@ -40,11 +40,12 @@ class Builder:
         evaluation = self.blocks.block("evaluate", cell.evaluate, cell.changes("evaluate"), cell.where())
         if evaluation.leak == "refuse":
             self.refuse_leak(cell, data, network)
+        selective = {"init": before_masks(network)} if evaluation.coverages and "masks" in network.inputs else {}
         evaluate = self.make(
             "evaluate",
             evaluation,
             name=network.key.rsplit("-", 1)[0],
-            inputs={"data": data["data"], "split": data["split"], "model": network},
+            inputs={"data": data["data"], "split": data["split"], "model": network, **selective},
         )
         evaluate.settings.pop("metrics", None)
         start = network.inputs.get("init") if network.stage == "finetune" else network
@@ -202,6 +203,11 @@ class Builder:
                 "name its fields beside `run`"
             )
         return found[0]
+
+
+def before_masks(network: Artifact) -> Artifact:
+    """The network that the first finetuning on masked images started from."""
+    return before_masks(network.inputs["init"]) if "masks" in network.inputs else network
 
 
 def extended(path: tuple, step: tuple, cell: Cell) -> tuple:

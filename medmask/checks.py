@@ -60,7 +60,13 @@ def test_sets(cell: Cell, blocks: Blocks) -> list[str]:
     split = blocks.block("split", cell.split, cell.changes("split"), cell.where())
     dataset = blocks.block("dataset", cell.dataset, cell.changes("dataset"), cell.where())
     found = ["test"] if isinstance(split.test, str) else list(split.test)
-    found += OF_A_SHORTCUT if dataset.shortcut else ()
+    if dataset.shortcut:
+        if not isinstance(split.test, str):
+            raise ConfigError(
+                f"splits.{cell.split}.test: need one test list for dataset {cell.dataset}, whose shortcut makes the "
+                f"test sets {', '.join(OF_A_SHORTCUT)}; got {', '.join(split.test)}"
+            )
+        found = list(OF_A_SHORTCUT)
     wanted = blocks.block("evaluate", cell.evaluate, cell.changes("evaluate"), cell.where()).test_sets
     for test_set in wanted or ():
         if test_set not in found:
@@ -68,7 +74,7 @@ def test_sets(cell: Cell, blocks: Blocks) -> list[str]:
                 f"evaluations.{cell.evaluate}.test_sets: split {cell.split} has no test set {test_set!r}; "
                 f"{suggest(test_set, found)}"
             )
-    return found if wanted is None or dataset.shortcut else list(wanted)
+    return found if wanted is None else list(wanted)
 
 
 test_sets.__test__ = False  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ STAGES = {
     "split": "put each image on a side: train, val, test, meta_set",
     "noise": "flip labels at random",
     "pretrain": "train, or load, a first set of weights",
+    "mask": "compute where a network looks in each training image",
     "finetune": "train a classifier, from pretrained weights or from scratch",
     "evaluate": "predict the test sets and compute the metrics with their intervals",
     "runs": "write down the runs of an experiment",
@@ -38,6 +39,7 @@ STAGES = {
 }
 COMMANDS = {
     "plan": "show which runs are new, which are done, and what each job asks for",
+    "explain": "draw what two trained networks look at in the same images",
     "schema": "write the JSON schema of the config and the key tables of config/README.md",
     "doctor": "check a Slurm site, and the profile that describes it, before the first submission",
 }
@@ -53,7 +55,7 @@ FILES = {  # what a flag stands for
     "figure": "transition.png",
     "init": "model.safetensors to start from",
     "teacher": "model.safetensors of a teacher (upper_bound)",
-    "maps": "saliency maps (methods of a later version)",
+    "maps": "maps.safetensors: saliency maps at the size of the layer, and the positions of their images",
     "model": "model.safetensors: weights of the last epoch",
     "best": "best.safetensors: weights of the best epoch on validation",
     "history": "history.jsonl: losses and validation numbers by step",

@@ -17,7 +17,7 @@ from medmask.runs import Plan, make_plan, refuse_unavailable
 
 FINAL = {  # the file of each stage that is written last
     "data": "dataset.json", "split": "split.json", "noise": "transition.png", "pretrain": "record.json",
-    "mask": "maps.npy", "finetune": "record.json", "evaluate": "metrics.json",
+    "mask": "record.json", "finetune": "record.json", "evaluate": "metrics.json",
 }  # fmt: skip
 
 

@@ -100,5 +100,5 @@ def refuse_unavailable(plan: Plan) -> None:
     for stage, artifacts in plan.artifacts.items():
         for artifact in artifacts.values():
             method = artifact.settings.get("method")
-            if method in PLANNED_METHODS or artifact.settings.get("shortcut") or stage == "mask":
-                raise ConfigError(f"{stage} {artifact.key}: {method or 'shortcut'} is not in this version")
+            if method in PLANNED_METHODS:
+                raise ConfigError(f"{stage} {artifact.key}: {method} is not in this version")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Names that a later version adds code for: they parse and plan, and `medmask.runs` refuses to run them.
-PLANNED_METHODS = ("noise_mask", "intelligent_masking", "xgradcam", "gradcam")
+PLANNED_METHODS = ("noise_mask", "intelligent_masking")
 READERS = ("digits", "isic2019", "mnist", "busi", "folders", "csv")
 STAGES = ("data", "split", "noise", "pretrain", "mask", "finetune", "evaluate", "runs", "aggregate")
 METRICS = (

@@ -1,19 +1,52 @@
 """Config of the stages data, split and noise."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from medmask.config.base import READERS, Block, Fraction, Inside, Int, Mode, Name, Text
 
+Byte = Annotated[Int, Field(ge=0, le=255)]
+
 
 class Shortcut(Block):
-    """A spurious cue that is drawn into the images."""
+    """A spurious cue that is drawn into images; all images become RGB.
 
-    kind: Literal["rectangle"] = Field("rectangle", description="shape of the cue")
-    size: Int = Field(6, ge=1, description="side of the cue in pixels")
-    colour: tuple[Int, Int, Int] = Field((0, 0, 255), description="RGB, 0 to 255")
-    rate: dict[str, Fraction] = Field(description="class name: fraction of its training images that carry the cue")
+    Images that are not tested carry it at the rate of their class. The test sets are `raw` (no cue), `bias_aligned`
+    (the classes that often carry it in training always, the others never) and `bias_conflicting` (the other way round).
+    """
+
+    kind: Literal["rectangle", "disc", "ruler"] = Field(
+        "rectangle", description="shape: a square, a disc, or ticks as of a ruler across the whole width"
+    )
+    size: Int = Field(6, ge=1, description="side, diameter, or length of the ticks; pixels of the packed image")
+    colour: tuple[Byte, Byte, Byte] = Field((0, 0, 255), description="RGB, 0 to 255")
+    place: Literal["top_left", "top_right", "bottom_left", "bottom_right", "centre", "random"] = Field(
+        "top_left", description="where it lies; random: drawn for each image"
+    )
+    margin: Int = Field(
+        0, ge=0, description="pixels from the edges of the packed image; what `image` crops away nobody sees"
+    )
+    rate: dict[Text, Fraction] = Field(
+        min_length=1, description="class name: fraction of its training images that carry the cue; 0 for others"
+    )
+    draw: Literal["each", "exact", "first"] = Field(
+        "each",
+        description="each image by itself with this probability; exactly so many of a class, rounded; the first ones",
+    )
+    seed: Int = Field(0, ge=0, description="seed of the draws; cues, like splits, do not follow the run's seed")
+
+    @model_validator(mode="after")
+    def says_something(self) -> "Shortcut":
+        if len({*self.rate.values()}) < 2 and (len(self.rate) > 1 or set(self.rate.values()) == {0.0}):
+            raise ValueError(f"rate: need rates that differ between classes, got {self.rate}")
+        return self
+
+    def is_frequent(self, class_name: str) -> bool:
+        """Whether a class carries the cue more often than the middle between the rarest and the most frequent one."""
+        rates = list(self.rate.values())
+        low = min(rates) if len(rates) > 1 else 0.0
+        return self.rate.get(class_name, 0.0) > (low + max(rates)) / 2
 
 
 class Dataset(Block):
@@ -28,7 +61,7 @@ class Dataset(Block):
     classes: tuple[Text, ...] | None = Field(None, description="keep only these classes, in this order")
     relabel: dict[Text, tuple[Text | Int, ...]] | None = Field(None, description="new class: the old classes in it")
     resize: Int | None = Field(None, ge=1, description="shorter side after packing, pixels; null keeps the size")
-    shortcut: Shortcut | None = Field(None, description="spurious cue (a later version)")
+    shortcut: Shortcut | None = Field(None, description="spurious cue, see below")
 
     @model_validator(mode="after")
     def known_reader(self) -> "Dataset":

@@ -18,6 +18,9 @@ class Evaluation(Block):
         ("accuracy", "balanced_accuracy", "auroc_macro"), description="rows of summary.csv; part of no evaluation key"
     )
     draws: Int = Field(2000, ge=100, description="bootstrap draws over groups")
+    coverages: tuple[Annotated[Float, Field(gt=0, le=1)], ...] = Field(
+        (), description="selective classification: shares of the validation images to answer, such as [0.8, 0.9, 1.0]"
+    )
     leak: Literal["refuse", "count"] = Field(
         "refuse", description="test images that starting weights have been trained on: refuse, or count and say so"
     )

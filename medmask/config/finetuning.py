@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from medmask.config.base import Block, Float, Fraction, Int, Name
+from medmask.config.base import Block, Float, Fraction, Int, Name, Needs
 from medmask.config.training import Supervised, Training
 
 
@@ -20,10 +20,25 @@ class Source(Block):
 
 
 class MaskRule(Block):
-    """From saliency maps to masks (a later version)."""
+    """From saliency maps, which run from 0 to 1, to masks."""
 
-    kind: Literal["threshold", "top_k", "mean", "official", "random"] = Field(description="rule")
-    strength: Fraction = Field(0.1, description="its parameter")
+    kind: Literal["threshold", "top_k", "mean", "official", "random"] = Field(
+        description="what is hidden: above `strength`; the top share `strength`; above `strength` times the mean; "
+        "above mean + 2 sd of the positive pixels; as top_k, but moved to a random place"
+    )
+    strength: Fraction = Field(0.1, description="parameter of the rule; official has none")
+    resolution: Literal["map", "image"] = Field(
+        "map", description="apply the rule to the map as it is, or after bilinear resizing to the image"
+    )
+    edges: Literal["hard", "soft"] = Field(
+        "hard", description="resizing of masks at map resolution: nearest, or bilinear as in the notebook"
+    )
+
+    @model_validator(mode="after")
+    def edges_fit(self) -> "MaskRule":
+        if self.edges == "soft" and self.resolution == "image":
+            raise ValueError("edges: masks at image resolution are not resized, so `soft` has no meaning there")
+        return self
 
 
 class Finetuning(Training):
@@ -33,13 +48,15 @@ class Finetuning(Training):
         "none", description="part of the backbone that stays: all, or all but the last n stages"
     )
     after: Name | None = Field(None, description="start from this finetuning of the same run")
-    masks: Name | None = Field(None, description="hide what the starting network looks at (a later version)")
-    mask_rule: MaskRule | None = Field(None, description="how (a later version)")
+    masks: Name | None = Field(None, description="hide what the starting network looks at in the training images")
+    mask_rule: MaskRule | None = Field(None, description="see below")
 
     @model_validator(mode="after")
     def masks_fit(self) -> "Finetuning":
         if (self.masks is None) != (self.mask_rule is None):
             raise ValueError("mask_rule: needed with `masks`, and only there")
+        if self.masks is not None and self.augment.crop_scale is not None:
+            raise ValueError("augment.crop_scale: masks are of the image as the network sees it; drop random crops")
         return self
 
 
@@ -166,11 +183,15 @@ class UpperBound(MetaLearning):
 
 
 class SaliencyMaps(Block):
-    """Saliency maps of the starting network (a later version)."""
+    """Saliency maps of the starting network, for all training images, at the size of its layer."""
 
     method: Literal["xgradcam", "gradcam"]
-    layer: Name = Field("last_relu", description="activation that is explained")
+    layer: Name = Field("last_relu", description="activation that is explained: the last one before pooling, or a name")
     target: Literal["true", "predicted"] = Field("true", description="class that is explained")
+    epsilon: Float = Field(
+        1e-8, ge=0, description="xgradcam: added to the sum of a channel; 1e-8 in torchcam, 1e-7 in pytorch-grad-cam"
+    )
+    needs: Needs = Field(Needs(hours=1), description="what the job asks for; no part of any key")
 
 
 AnyFinetuning = Annotated[

@@ -1,7 +1,7 @@
 """From packed pixels to the tensors that a network sees; random changes depend on (seed, epoch, image) alone."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,18 @@ class ImageReader:
     ----------
     augment : random changes, made when `batch` is given an epoch; None makes none.
     seed : names the random draws together with the epoch and the image's position.
+    masks : (positions, H, W) -> (N, 1, H, W) in [0, 1], 0 hides: what pixels are multiplied by before random changes.
     """
 
-    def __init__(self, images: Path, index: Path, image: Image, augment: Augment | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, images: Path, index: Path, image: Image, augment: Augment | None = None, seed: int = 0,
+        masks: Callable[[np.ndarray, int, int], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.pack = Pack.open(images, index)
         self.image = image
         self.augment = augment if augment is not None and changes_images(augment) else None
         self.seed = seed
+        self.masks = masks
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (image.mean, image.std))
 
     def batch(self, positions: np.ndarray, epoch: int | tuple[int, ...] | None = None) -> Tensor:
@@ -46,6 +51,11 @@ class ImageReader:
         return self.normalised(torch.stack(crops))
 
     def pixels(self, positions: np.ndarray) -> Tensor:
+        """What the network sees, before random changes: (N, C, H, W) uint8, or float32 in 0..255 with masks."""
+        whole = self.unmasked(positions)
+        return whole if self.masks is None else whole * self.masks(positions, *whole.shape[2:])
+
+    def unmasked(self, positions: np.ndarray) -> Tensor:
         """Resized and cropped at the centre, (N, C, H, W) uint8."""
         sizes = self.pack.index[positions, 1:]  # (N, 3) height, width, channels
         if (sizes == sizes[0]).all():
@@ -79,7 +89,8 @@ class ImageReader:
         return functional.resized_crop(pixels, *box, size, antialias=True)
 
     def normalised(self, images: Tensor) -> Tensor:
-        return with_channels(images, self.image.channels).float().div_(255).sub_(self.mean).div_(self.std)
+        copy = with_channels(images, self.image.channels).to(torch.float32, copy=True)  # it may share its channels
+        return copy.div_(255).sub_(self.mean).div_(self.std)
 
 
 def eval_batches(

@@ -149,7 +149,7 @@ def write_pack(source: Source, images: Path, index: Path, resize: int | None) ->
             facts.append((packed.sha256, width, height, packed.phash))
             places.append((offset, height, width, channels))
             offset += packed.pixels.size
-        refuse("dataset", problems)
+        refuse("dataset", list(dict.fromkeys(problems)))  # with cues, an image is read twice
         file.seek(0)
         write_header(file, offset)
     np.save(index, np.array(places, dtype=np.int64).reshape(-1, 4))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from medmask.config.data import MetaSet, Split
 from medmask.data.groups import assign_groups, find_groups
+from medmask.data.shortcut import place_cues
 from medmask.errors import DataError, lookup
 
 SIDES = ("train", "val", "test", "meta_set")
@@ -20,7 +21,8 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
     Parameters
     ----------
     manifest : image_id, label, class_name, group, split_hint, sha256; one row an image, in pack order.
-    dataset : `classes`, `lists` (name: n) and `orders` (name: positions, where a list has an order of its own).
+    dataset : `classes`, `lists` (name: n) and `orders` (name: positions, where a list has an order of its own); with
+        `shortcut`, its settings, the test sets are those of the cue and the column `has_cue` is there.
 
     Returns
     -------
@@ -52,6 +54,8 @@ def make_split(manifest: pd.DataFrame, dataset: Mapping[str, Any], cfg: Split) -
             f"split: no image is left for {' and '.join(sorted(empty))}{': ' if notes else ''}{' '.join(notes)}"
         )
     rows = list_order(table, dataset.get("orders", {}).get(cfg.train) if cfg.sizes is None else None)
+    if "shortcut" in dataset:
+        rows = place_cues(rows, dataset["shortcut"], dataset["n"])
     if cfg.meta_set is not None and cfg.meta_set.missing_class == "refuse":
         absent = [note for note in missing_classes(rows, table, dataset["classes"]) if note.endswith("side meta_set.")]
         if absent:

@@ -45,6 +45,7 @@ def score_test_set(sample: Sample, groups: Sequence[str], classes: Sequence[str]
         "n_groups": len(set(groups)),
         "metrics": metrics,
         "per_class": by_class(sample, classes),
+        **({} if sample.has_cue is None else {"per_group": by_group(sample, classes)}),
         "confusion": confusion(sample).tolist(),
         "absent": [name for k, name in enumerate(classes) if k not in sample.present],
     }
@@ -70,6 +71,19 @@ def by_class(sample: Sample, classes: Sequence[str]) -> dict[str, Any]:
         }
         for k, name in enumerate(classes)
     }
+
+
+def by_group(sample: Sample, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """n and accuracy of each group, class x cue, that has images."""
+    assert sample.has_cue is not None
+    rows = []
+    for k in sample.present:
+        for cue in (False, True):
+            member = (sample.labels == k) & (sample.has_cue == cue)
+            if member.any():
+                accuracy = float((sample.predicted[member] == k).mean())
+                rows.append({"class": classes[k], "has_cue": cue, "n": int(member.sum()), "accuracy": accuracy})
+    return rows
 
 
 def reliability(sample: Sample) -> list[dict[str, Any]]:

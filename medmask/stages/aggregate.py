@@ -28,7 +28,7 @@ OPTIONAL: tuple[str, ...] = ()
 OUTPUTS: tuple[str, ...] = (
     "summary", "table_csv", "table_md", "table_tex", "table_html", "runs_csv",
     "metric_png", "metric_svg", "confusion_png", "confusion_svg", "curves_png", "curves_svg", "noise_png", "noise_svg",
-    "weights_png", "weights_svg",
+    "weights_png", "weights_svg", "classes_png", "classes_svg",
     "claim",
 )  # fmt: skip
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
     """Write all files of OUTPUTS; runs that have not finished are named in them and stop nothing."""
     from medmask.evaluation import figures
+    from medmask.evaluation.class_figure import classes_figure
 
     content, found = read_runs(runs)
     settings: dict[str, Any] = content["settings"]
@@ -71,6 +72,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         "curves": figures.curves_figure(cells),
         "noise": figures.noise_figure(found),
         "weights": figures.weights_figure(cells),
+        "classes": classes_figure(cells, measure.selection),
     }
     for name, figure in drawn.items():
         figures.save(figure, outputs[f"{name}_png"], outputs[f"{name}_svg"])

@@ -4,14 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medmask import io
 from medmask.config.data import Dataset
 from medmask.data.pack import write_pack
 from medmask.data.readers import read_source
+from medmask.data.shortcut import with_cues
 from medmask.data.tables import Source
-from medmask.errors import ConfigError, DataError
+from medmask.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +25,6 @@ COLUMNS = (
 
 
 def run(cfg: Dataset, *, data_root: Path, manifest: Path, images: Path, index: Path, dataset: Path) -> None:
-    if cfg.shortcut is not None:
-        raise ConfigError("data.shortcut: this version does not draw cues yet")
     source = read_source(data_root, cfg)
     if source.problems:
         log.warning(
@@ -35,12 +35,22 @@ def run(cfg: Dataset, *, data_root: Path, manifest: Path, images: Path, index: P
             f"{data_root / cfg.folder}: need images of two classes or more, got {' and '.join(found) or 'none'}"
         )
     log.info("%s: %d images, %d classes", cfg.reader, len(source.table), len(source.classes))
+    n = len(source.table)
+    if cfg.shortcut is not None:
+        source = with_cues(source, cfg.shortcut, cfg.resize)
     facts = write_pack(source, images, index, cfg.resize)
     table = source.table.join(facts)
     table["label"] = table["class_name"].map({name: label for label, name in enumerate(source.classes)})
     table["split_hint"] = hints(source)
-    table[list(COLUMNS)].to_csv(manifest, index=False, lineterminator="\n")
-    io.write_json(dataset, summarise(cfg, source, table))
+    columns = list(COLUMNS)
+    if cfg.shortcut is not None:
+        table["has_cue"] = (np.arange(len(table)) >= n).astype(int)
+        columns.append("has_cue")
+    table[columns].to_csv(manifest, index=False, lineterminator="\n")
+    about = summarise(cfg, source, table[:n])
+    if cfg.shortcut is not None:
+        about["shortcut"] = cfg.shortcut.model_dump(mode="json")
+    io.write_json(dataset, about)
 
 
 def hints(source: Source) -> pd.Series:

@@ -20,13 +20,14 @@ from medmask.data.tables import read_split
 from medmask.errors import CheckpointError, ConfigError, DataError, suggest
 from medmask.evaluation.collect import read_predictions, test_sample
 from medmask.evaluation.scores import constant_scores, score_test_set
+from medmask.evaluation.selective import combine, select
 
 if TYPE_CHECKING:
     from medmask.models.weights import ModelSpec
 
 CONFIG = Evaluation
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "model", "best")
-OPTIONAL: tuple[str, ...] = ()
+OPTIONAL: tuple[str, ...] = ("init",)
 OUTPUTS: tuple[str, ...] = ("predictions", "predictions_best", "metrics")
 
 BATCH_SIZE = 256
@@ -42,6 +43,7 @@ def run(
     summary: Path,
     model: Path,
     best: Path,
+    init: Path | None,
     predictions: Path,
     predictions_best: Path,
     metrics: Path,
@@ -61,18 +63,47 @@ def run(
         notes += leak_notes(rows, test, seen, cfg.leak, weights)
         epochs[selection] = spec.epoch
         if spec.epoch not in done:
+            places, row_of = np.unique(test["position"].to_numpy(), return_inverse=True)  # test sets may share images
             image = Image.model_validate(spec.image)
-            batches = eval_batches(images, index, test["position"].to_numpy(), image, BATCH_SIZE)
-            done[spec.epoch] = predict_probs(network, batches, device)
+            done[spec.epoch] = predict_probs(network, eval_batches(images, index, places, image, BATCH_SIZE), device)
+            done[spec.epoch] = done[spec.epoch][row_of]
         write_predictions(target, test, done[spec.epoch], classes, weights)
         log.info("%s epoch (%s): %d test images", selection, spec.epoch, len(test))
-    result: dict[str, Any] = {
-        selection: judge(target, test, classes, cfg.draws)
-        for selection, target in (("last", predictions), ("best", predictions_best))
-    }
+    result: dict[str, Any] = {"last": judge(predictions, test, classes, cfg.draws)}
+    is_same = epochs["last"] == epochs["best"]  # then the two files are equal, and so are their draws
+    result["best"] = result["last"] if is_same else judge(predictions_best, test, classes, cfg.draws)
     result["constants"] = {name: constants(part, len(classes)) for name, part in test.groupby("test_set", sort=False)}
+    if cfg.coverages:
+        names = [model] if init is None else [init, model]
+        result["selective"] = judge_answers(names, images, index, rows, test, cfg)
     result |= {"epochs": epochs, "notes": list(dict.fromkeys(notes))}
     io.write_json(metrics, result)
+
+
+def judge_answers(
+    models: Sequence[Path], images: Path, index: Path, rows: pd.DataFrame, test: pd.DataFrame, cfg: Evaluation
+) -> dict[str, Any]:
+    """Coverage and error of the answers on each test set, of the last network, or of it and the one before masking."""
+    from medmask.data.images import eval_batches
+    from medmask.evaluation.predict import pick_device, predict_probs
+    from medmask.models.weights import load_classifier
+
+    validation = rows[rows["side"] == "val"]
+    if validation.empty:
+        raise DataError("evaluate.coverages: thresholds need validation images, and the split has none")
+    found = []
+    for path in models:
+        network, spec, _ = load_classifier(path)
+        image, device = Image.model_validate(spec.image), pick_device(cfg.needs)
+        found.append([
+            predict_probs(network, eval_batches(images, index, part["position"].to_numpy(), image, BATCH_SIZE), device)
+            for part in (validation, test)
+        ])  # fmt: skip
+    known, scores = (combine(*pair) if len(pair) == 2 else pair[0] for pair in zip(*found, strict=True))
+    return {
+        str(name): select(scores[part.index], part["label"].to_numpy(), known, cfg.coverages)
+        for name, part in test.groupby("test_set", sort=False)
+    }
 
 
 def choose_test_rows(rows: pd.DataFrame, wanted: Sequence[str] | None, split: Path) -> pd.DataFrame:

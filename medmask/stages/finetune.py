@@ -16,7 +16,7 @@ TRAINS = True
 
 def run(
     cfg: AnyFinetuning, *, work_dir: Path, checkpoint_min: float, stop: StopFlag, check: Callable[[], None],
-    maps: Path | None, **files: Path | None,
+    **files: Path | None,
 ) -> None:  # fmt: skip
     from medmask.stages import training  # torch, which `--help` and the launcher do without
 

@@ -17,6 +17,8 @@ NEEDED = ("image_id", "label", "class_name", "group", "split_hint", "sha256")
 
 def run(cfg: Split, *, manifest: Path, dataset: Path, split: Path, summary: Path) -> None:
     table, about = read_frame(manifest, NEEDED), read_facts(dataset, classes=list, n=int, lists=dict, orders=dict)
+    if "has_cue" in table:
+        table = table[table["has_cue"] == 0]
     if len(table) != about["n"]:
         raise DataError(f"{manifest}: {len(table)} rows, but {dataset} counts {about['n']} images")
     rows, facts = make_split(table, about, cfg)

@@ -32,6 +32,7 @@ from medmask.models.weights import (
     read_model,
     save_model,
 )
+from medmask.saliency.masks import Masks
 from medmask.stages.learnt import flip_notes, write_soft_labels, write_weights
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
@@ -60,6 +61,7 @@ class Files:
     record: Path
     weights: Path | None = None
     soft_labels: Path | None = None
+    maps: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ def train(
     start = start_network(cfg, files.init, classes)
     with distributed(cfg.needs.gpu > 0) as ctx:
         check_ranks(cfg, ctx.world)
-        reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed)
+        masks = read_masks(cfg, files.maps, sides["train"])
+        reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed, masks)
         teacher = read_teacher(files.teacher, start.spec)
         data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher)
         inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
-        inputs |= {"teacher": files.teacher} if files.teacher else {}
+        inputs |= {role: path for role in ("teacher", "maps") if (path := getattr(files, role))}
         checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs), check)
         method = build_method(cfg.method, start.network, cfg)
         state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
@@ -99,10 +102,18 @@ def train(
             if files.soft_labels is not None:
                 table = method.memory().get("targets")
                 write_soft_labels(files.soft_labels, files.split, data.train, table, classes)
-            start.notes.extend(method.notes() + flip_notes(method, data.train))
+            start.notes.extend(method.notes() + flip_notes(method, data.train) + (masks.notes() if masks else []))
             io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
             check()
         ctx.barrier()
+
+
+def read_masks(cfg: Any, maps: Path | None, train: Rows) -> Masks | None:
+    """The masks of the training images, where the settings have a rule for them."""
+    rule = getattr(cfg, "mask_rule", None)
+    if (rule is None) != (maps is None):
+        raise ConfigError("--maps: needed with `mask_rule`, and only there")
+    return None if rule is None or maps is None else Masks(maps, rule, train.positions, cfg.seed)
 
 
 def tidy(work_dir: Path) -> None:

@@ -5,6 +5,7 @@ from PIL import Image
 
 from medmask.evaluation import figures
 from medmask.evaluation.cells import Measure, judge_published, make_cells, measure_cells
+from medmask.evaluation.class_figure import classes_figure
 from medmask.evaluation.collect import Run, read_runs
 from tests.evaluation.fake_results import make_results
 
@@ -27,6 +28,7 @@ def test_all_are_written_and_svg_is_reproducible(experiment, tmp_path):
         "confusion": lambda: figures.confusion_figure(cells, MEASURE),
         "curves": lambda: figures.curves_figure(cells),
         "noise": lambda: figures.noise_figure(runs),
+        "classes": lambda: classes_figure(cells, "last"),
     }
     for name, make in makers.items():
         figures.save(make(), tmp_path / f"{name}.png", tmp_path / f"{name}.svg")
@@ -84,3 +86,17 @@ def test_weights_figure_tells_flipped_labels_from_the_others(experiment, monkeyp
     assert axes.get_title().endswith("weight")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["label kept", "label flipped"]
     assert axes.get_xlim()[1] < 3  # of the last epoch only
+
+
+def test_class_figure_shows_each_class_and_the_average(experiment):
+    _, cells = experiment
+    figure = classes_figure(cells[:2], "last")
+    (axes,) = figure.axes
+    assert axes.get_title() == "test"
+    runs = [run.score("last", "test") for run in cells[0].finished]
+    widths = [bar.get_width() for bar in axes.patches]
+    recall = sum(found["per_class"]["MEL"]["recall"] for found in runs) / len(runs)
+    assert any(abs(width - recall) < 1e-9 for width in widths)
+    assert len(widths) == 2 * 7  # the last class has no test image
+    means = [line.get_xdata()[0] for line in axes.lines]
+    assert means[0] == pytest.approx(sum(found["metrics"]["accuracy"]["value"] for found in runs) / len(runs))

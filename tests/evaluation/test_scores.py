@@ -65,3 +65,17 @@ def test_bins_of_the_calibration_error_are_kept():
     assert sum(b["n"] for b in entry["bins"]) == 600
     again = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in entry["bins"] if b["n"]) / 600
     assert entry["value"] == pytest.approx(again)
+
+
+def test_groups_by_hand():
+    labels = np.array([0, 0, 0, 1, 1])
+    cue = np.array([False, True, True, True, True])
+    probs = np.eye(2)[[0, 0, 1, 0, 0]] * 0.8 + 0.1
+    found = score_test_set(Sample(labels, probs, cue), list("abcde"), ["x", "y"], draws=100)
+    assert found["per_group"] == [
+        {"class": "x", "has_cue": False, "n": 1, "accuracy": 1.0},
+        {"class": "x", "has_cue": True, "n": 2, "accuracy": 0.5},
+        {"class": "y", "has_cue": True, "n": 2, "accuracy": 0.0},
+    ]
+    assert found["metrics"]["worst_group_accuracy"]["value"] == 0
+    assert "per_group" not in score_test_set(Sample(labels, probs), list("abcde"), ["x", "y"], draws=100)

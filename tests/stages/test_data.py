@@ -96,7 +96,17 @@ def test_bad_images_leave_nothing_new(tree, tmp_path, capsys):
         ({"reader": "csv", "folder": "set", "labels": "gone.csv"}, "root/set/gone.csv"),
         ({"reader": "folders", "folder": "set", "classes": ["a"]}, "set: need images of two classes or more, got a"),
         ({"reader": "folders", "folder": "set", "classes": ["c"]}, "unknown class 'c'; choices: a, b"),
-        ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}}}, "does not draw cues yet"),
+        (
+            {"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}, "size": 5}},
+            "data.shortcut.size: the cue of 5 pixels is larger than image 0 (4 x 8)",
+        ),
+        (
+            {"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}, "size": 3, "margin": 1}},
+            "the cue of 3 pixels and its margins of 1 is larger than image 0 (4 x 8)",
+        ),
+        ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"c": 1.0}}}, "shortcut.rate: unknown name 'c'"),
+        ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 0.2, "b": 0.2}}}, "need rates that differ"),
+        ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.2}}}, "data.shortcut.rate.a"),
     ],
 )
 def test_mistakes(tree, tmp_path, capsys, config, message):

@@ -24,11 +24,8 @@ SUMMARY = (
 def test_the_chain_ends_in_tables_figures_and_a_report(finished):
     folder = finished.folder / "results" / "tiny"
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    figures = {
-        f"figures/{name}.{kind}"
-        for name in ("metric", "confusion", "curves", "noise", "weights")
-        for kind in ("png", "svg")
-    }
+    drawn = ("metric", "confusion", "curves", "noise", "weights", "classes")
+    figures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     tables = {"summary.csv", "table.csv", "table.md", "table.tex", "table.html", "runs.csv", "claim.md"}
     assert names - {"config.json"} == {"report.html"} | figures | tables
     assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY

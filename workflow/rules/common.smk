@@ -69,6 +69,8 @@ def training_inputs(stage):
             named["split"] = f"{inputs['split'].folder}/split.csv"
             named["summary"] = f"{inputs['split'].folder}/split.json"
             named["labels"] = f"{inputs['noise'].folder}/labels.csv"
+        if "masks" in inputs:
+            named["maps"] = f"{inputs['masks'].folder}/maps.safetensors"
         return named | {
             role: f"{inputs[role].folder}/model.safetensors" for role in ("init", "teacher") if role in inputs
         }

@@ -1,3 +1,9 @@
+def before_masks(wc):
+    """Input function: for selective classification, the network that a finetuning on masked images started from."""
+    inputs = artifact("evaluate", wc.key).inputs
+    return f"{inputs['init'].folder}/model.safetensors" if "init" in inputs else []
+
+
 rule evaluate:
     input:
         images=upstream("evaluate", "data", "images.npy"),
@@ -6,6 +12,7 @@ rule evaluate:
         summary=upstream("evaluate", "split", "split.json"),
         model=upstream("evaluate", "model", "model.safetensors"),
         best=upstream("evaluate", "model", "best.safetensors"),
+        init=before_masks,
     output:
         predictions="results/evaluate/{key}/predictions.csv",
         predictions_best="results/evaluate/{key}/predictions_best.csv",
@@ -17,9 +24,10 @@ rule evaluate:
         **needs("evaluate"),
     params:
         config=settings("evaluate"),
+        init=lambda wc, input: f"--init {shlex.quote(str(input.init))}" if input.init else "",
     shell:
         "python -m medmask evaluate --config {params.config:q} --images {input.images:q} --index {input.index:q}"
-        " --split {input.split:q} --summary {input.summary:q} --model {input.model:q} --best {input.best:q}"
+        " --split {input.split:q} --summary {input.summary:q} --model {input.model:q} --best {input.best:q} {params.init}"
         " --predictions {output.predictions:q} --predictions-best {output.predictions_best:q}"
         " --metrics {output.metrics:q} 2>&1 | tee -i {log:q}"
 

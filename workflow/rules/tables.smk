@@ -10,13 +10,14 @@ REPORTED = {  # output of aggregate: its part of the report, and what it is call
     "curves_png": ("Figures", "3 training curves"),
     "noise_png": ("Figures", "4 label noise"),
     "weights_png": ("Figures", "5 weights and trusts"),
+    "classes_png": ("Figures", "6 accuracy by class"),
 }
 AGGREGATE_OUTPUTS = {"summary": "summary.csv"}
 AGGREGATE_OUTPUTS |= {f"table_{kind}": f"table.{kind}" for kind in ("csv", "md", "tex", "html")}
 AGGREGATE_OUTPUTS |= {"runs_csv": "runs.csv"}
 AGGREGATE_OUTPUTS |= {
     f"{name}_{kind}": f"figures/{name}.{kind}"
-    for name in ("metric", "confusion", "curves", "noise", "weights")
+    for name in ("metric", "confusion", "curves", "noise", "weights", "classes")
     for kind in ("png", "svg")
 }
 AGGREGATE_OUTPUTS |= {"claim": "claim.md"}

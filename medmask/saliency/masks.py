@@ -1,0 +1,135 @@
+"""From saliency maps to masks: 1 keeps a place, 0 hides it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from medmask.config.finetuning import MaskRule
+from medmask.errors import DataError
+from medmask.saliency.maps import resized
+
+
+def threshold(maps: Tensor, strength: float) -> Tensor:
+    """Hide what is above `strength`."""
+    return maps > strength
+
+
+def top_k(maps: Tensor, strength: float) -> Tensor:
+    """Hide what is above the percentile 100 * (1 - strength) of its map, interpolated as numpy does."""
+    return maps > torch.quantile(maps.flatten(1), 1 - strength, dim=1)[:, None, None]
+
+
+def mean(maps: Tensor, strength: float) -> Tensor:
+    """Hide what is above `strength` times the mean of its map."""
+    return maps > strength * maps.mean((1, 2), keepdim=True)
+
+
+def official(maps: Tensor, strength: float) -> Tensor:
+    """Hide what is above mean + 2 sd, population sd, of the positive values of its map; `strength` is not used."""
+    positive = maps > 0
+    count = positive.sum((1, 2), keepdim=True).clamp(min=1)
+    middle = maps.sum((1, 2), keepdim=True) / count
+    variance = ((maps - middle) ** 2 * positive).sum((1, 2), keepdim=True) / count
+    return maps > middle + 2 * variance.sqrt()
+
+
+RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "threshold": threshold,
+    "top_k": top_k,
+    "mean": mean,
+    "official": official,
+    "random": top_k,  # of maps that have been shifted
+}
+
+
+def hide_salient(maps: Tensor, rule: MaskRule, height: int, width: int) -> Tensor:
+    """Masks (N, 1, H, W) float32 in [0, 1] from maps (N, h, w) in [0, 1]; a map that is all zero keeps everything.
+
+    Sources: vmazashvili's notebook (threshold, top_k, mean; binary maps resized bilinearly) and aliasgharkhani/Masktune
+    (official; maps resized bilinearly).
+    """
+    if rule.resolution == "image":
+        maps = resized(maps, height, width)
+    keep = 1 - RULES[rule.kind](maps, rule.strength).float()[:, None]
+    if keep.shape[2:] == (height, width):
+        return keep
+    mode = "bilinear" if rule.edges == "soft" else "nearest-exact"
+    return functional.interpolate(keep, (height, width), mode=mode)
+
+
+def shifted(maps: Tensor, positions: np.ndarray, seed: int) -> Tensor:
+    """Each map moved round by random steps down and right: the same area and shape elsewhere, drawn by image."""
+    height, width = maps.shape[1:]
+    draws = [np.random.default_rng([seed, *b"mask", int(position)]).integers((height, width)) for position in positions]
+    down, right = torch.from_numpy(np.array(draws)).T[:, :, None]
+    rows = (torch.arange(height) - down) % height  # (N, h)
+    columns = (torch.arange(width) - right) % width
+    return maps[torch.arange(len(maps))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class Masks:
+    """The masks of the images that a training hides parts of; any other image is kept whole.
+
+    Parameters
+    ----------
+    file : what the stage mask has written. positions : (n,) the images to hide parts of, in the pack.
+    seed : names the draws of the rule `random`.
+
+    Raises
+    ------
+    DataError : the file has no map for some of the images, or cannot be read.
+    """
+
+    def __init__(self, file: Path, rule: MaskRule, positions: np.ndarray, seed: int) -> None:
+        self.rule, self.seed = rule, seed
+        self.maps, places = read_maps(file)
+        missing = positions[~np.isin(positions, places)]
+        if len(missing):
+            raise DataError(
+                f"{file}: has no saliency map for {len(missing)} of {len(positions)} training images (first: position "
+                f"{missing[0]}); it belongs to another split"
+            )
+        self.row_of = np.full(int(places.max()) + 2, -1)
+        order = np.isin(places, positions)
+        self.row_of[places[order]] = np.flatnonzero(order)
+
+    def __call__(self, positions: np.ndarray, height: int, width: int) -> Tensor:
+        """Masks (N, 1, H, W) float32 of the images at these positions."""
+        rows = self.row_of[np.minimum(positions, len(self.row_of) - 1)]  # the last one is no image
+        known = np.flatnonzero(rows >= 0)
+        masks = torch.ones(len(positions), 1, height, width)
+        if len(known):
+            maps = self.maps[torch.from_numpy(rows[known])].float()
+            if self.rule.kind == "random":
+                maps = shifted(maps, positions[known], self.seed)
+            masks[torch.from_numpy(known)] = hide_salient(maps, self.rule, height, width)
+        return masks
+
+    def notes(self) -> list[str]:
+        """Sentences for the record: how much is hidden, and maps that hide nothing."""
+        used = self.maps[torch.from_numpy(self.row_of[self.row_of >= 0])]
+        empty = int((used.flatten(1).amax(1) == 0).sum())
+        height, width = used.shape[1:]
+        rule = self.rule.model_copy(update={"resolution": "map"})
+        hidden = [float((1 - hide_salient(part.float(), rule, height, width)).sum()) for part in used.split(4096)]
+        share = sum(hidden) / used.numel()
+        what = self.rule.kind + ("" if self.rule.kind == "official" else f" {self.rule.strength:g}")
+        notes = [f"masks ({what}) hide {share:.1%} of the cells of {len(used)} training images"]
+        return notes + [f"{empty} saliency maps are all zero: these images are kept whole"] * (empty > 0)
+
+
+def read_maps(file: Path) -> tuple[Tensor, np.ndarray]:
+    """Maps (n, h, w) float16 and the positions (n,) of their images in the pack."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            maps, positions = content.get_tensor("maps"), content.get_tensor("positions").numpy()
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: cannot be read as saliency maps: {error}") from error
+    if maps.dim() != 3 or len(maps) != len(positions):
+        raise DataError(f"{file}: need maps (n, h, w) and as many positions, got {tuple(maps.shape)}, {len(positions)}")
+    return maps, positions

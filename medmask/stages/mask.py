@@ -1,0 +1,125 @@
+"""Stage mask: saliency maps of the training images, as a trained network sees them, at the size of its layer.
+
+Rule and strength belong to the finetuning, so one file serves them all. The maps are computed in shards, which a run
+that was stopped in the middle does not compute again.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medmask import io
+from medmask.config.finetuning import SaliencyMaps
+from medmask.config.training import Image
+from medmask.data.pack import Pack
+from medmask.data.tables import read_split
+from medmask.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = SaliencyMaps
+INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "model")
+OPTIONAL: tuple[str, ...] = ()
+OUTPUTS: tuple[str, ...] = ("maps", "record")
+TRAINS = True  # it has a work folder, as trainings have
+
+SIDES = ("train", "meta_set")
+PIXELS_A_BATCH = 200_000  # 256 images of 28 x 28, 16 of 224 x 224: larger batches leave the cache
+BATCHES_A_SHARD = 32
+log = logging.getLogger(__name__)
+
+
+def run(
+    cfg: SaliencyMaps, *, images: Path, index: Path, split: Path, summary: Path, model: Path, maps: Path, record: Path,
+    work_dir: Path, checkpoint_min: float, stop: object, check: Callable[[], None],
+) -> None:  # fmt: skip
+    import torch
+    from safetensors.torch import save_file
+
+    from medmask.data.images import ImageReader
+    from medmask.evaluation.predict import pick_device
+    from medmask.models.weights import load_classifier
+    from medmask.saliency.layers import find_layer
+    from medmask.saliency.maps import Explainer
+    from medmask.train.checkpoint import fingerprint
+
+    rows, classes = read_split(split, summary, ("position",), len(Pack.open(images, index)))
+    rows = rows[rows["side"].isin(SIDES)]
+    if rows.empty:
+        raise DataError(f"{split}: no images on the sides {' and '.join(SIDES)}")
+    positions, labels = rows["position"].to_numpy(), torch.tensor(rows["label"].to_numpy())
+    network, spec, _ = load_classifier(model, len(classes))
+    device = pick_device(cfg.needs)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reader = ImageReader(images, index, Image.model_validate(spec.image))
+    first = reader.batch(positions[:1])
+    name, layer = find_layer(network, cfg.layer, first.to(device))
+    explain = Explainer(network, layer, cfg.method, cfg.epsilon)
+    batch = max(16, min(256, PIXELS_A_BATCH // (first.shape[2] * first.shape[3])))
+
+    def compute(part: slice) -> "Tensor":
+        """Maps (n, h, w) float16 of some rows."""
+        found = []
+        for start in range(part.start, part.stop, batch):
+            here = slice(start, min(start + batch, part.stop))
+            targets = labels[here].to(device) if cfg.target == "true" else None
+            found.append(explain(reader.batch(positions[here]).to(device), targets)[0].half().cpu())
+        return torch.cat(found)
+
+    began = time.monotonic()
+    own = fingerprint(cfg.model_dump(mode="json"), {"images": index, "split": split, "model": model})
+    shards = Shards(work_dir / f"maps-{own[:12]}", len(positions), batch * BATCHES_A_SHARD)
+    done = shards.fill(compute)
+    whole = shards.read()
+    empty = int((whole.flatten(1).amax(1) == 0).sum())
+    facts: dict[str, Any] = {
+        "layer": name,
+        "images": len(whole),
+        "size": list(whole.shape[1:]),
+        "empty": empty,
+        "computed": done,
+        "seconds": round(time.monotonic() - began, 2),
+        "device": str(device),
+        "notes": [f"{empty} of {len(whole)} saliency maps are all zero"] * (empty > 0),
+    }
+    save_file({"maps": whole, "positions": torch.from_numpy(positions.astype(np.int64))}, maps)
+    io.write_json(record, facts)
+    log.info("%s of %s: %d maps, %d computed in %.1f s", cfg.method, name, len(whole), done, facts["seconds"])
+
+
+class Shards:
+    """Rows of a result in files of `size` rows, each whole or not there; the folder names what they are of."""
+
+    def __init__(self, folder: Path, n: int, size: int) -> None:
+        self.folder = folder
+        self.parts = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def path(self, part: slice) -> Path:
+        return self.folder / f"{part.start:09d}-{part.stop:09d}.npy"
+
+    def fill(self, compute: Callable[[slice], "Tensor"]) -> int:
+        """Compute and write what is missing; the number of rows computed."""
+        missing = [part for part in self.parts if not self.path(part).exists()]
+        for part in missing:
+            with io.atomic_path(self.path(part)) as temporary:
+                np.save(temporary, compute(part).numpy())
+            log.info("%s: rows %d to %d of %d", self.folder.name, part.start, part.stop, self.parts[-1].stop)
+        return sum(part.stop - part.start for part in missing)
+
+    def read(self) -> "Tensor":
+        import torch
+
+        return torch.from_numpy(np.concatenate([np.load(self.path(part)) for part in self.parts]))
+
+
+def tidy(work_dir: Path) -> None:
+    """Remove the shards once the outputs stand."""
+    for folder in work_dir.glob("maps-*"):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
