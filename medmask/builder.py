@@ -49,7 +49,8 @@ class Builder:
         )
         evaluate.settings.pop("metrics", None)
         start = network.inputs.get("init") if network.stage == "finetune" else network
-        stages = {**data, "pretrain": start, "finetune": network, "evaluate": evaluate}
+        maps = network.inputs.get("masks")
+        stages = {**data, "pretrain": start, "mask": maps, "finetune": network, "evaluate": evaluate}
         return Run(cell, seed, {s: a for s, a in stages.items() if a is not None and (a.stage == s)})
 
     def data(self, cell: Cell, seed: int) -> dict[str, Artifact]:

@@ -190,6 +190,7 @@ def test_a_config_with_the_shapes_of_all_five_papers_plans():
     once = twice.inputs["init"]
     assert twice.inputs["masks"].inputs["model"] is once
     assert once.inputs["masks"].inputs["model"].stage == "pretrain"
+    assert by_row["masktune", "twice"].artifacts["mask"] is twice.inputs["masks"]
     assert len(plan.artifacts["mask"]) == 6  # maps once per network, whatever the rule and strength
     heated = by_row["noise_mask", "heated"].artifacts["pretrain"]
     assert heated.settings["ranks"] == 8

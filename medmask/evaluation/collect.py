@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from medmask import io
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Evaluation
-from medmask.config.finetuning import AnyFinetuning
+from medmask.config.finetuning import AnyFinetuning, SaliencyMaps
 from medmask.config.training import Pretraining
 from medmask.errors import DataError
 from medmask.evaluation.metrics import Sample
@@ -23,7 +23,7 @@ from medmask.evaluation.metrics import Sample
 FIELDS = ("dataset", "split", "noise", "pretrain", "finetune", "evaluate")
 MODELS: dict[str, Any] = {
     "data": Dataset, "split": Split, "noise": Noise,
-    "pretrain": Pretraining, "finetune": AnyFinetuning, "evaluate": Evaluation,
+    "pretrain": Pretraining, "mask": SaliencyMaps, "finetune": AnyFinetuning, "evaluate": Evaluation,
 }  # fmt: skip
 # The file that stands when a stage is done: the last of its outputs.
 DONE = {
@@ -31,6 +31,7 @@ DONE = {
     "split": "split.json",
     "noise": "transition.json",
     "pretrain": "record.json",
+    "mask": "record.json",
     "finetune": "record.json",
     "evaluate": "metrics.json",
 }

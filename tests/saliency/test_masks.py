@@ -7,10 +7,12 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from medmask.config.finetuning import MaskRule
+from medmask.config.load import load_config
 from medmask.config.training import Augment, Image
 from medmask.data.images import ImageReader
-from medmask.errors import DataError
+from medmask.errors import ConfigError, DataError
 from medmask.saliency.masks import Masks, hide_salient, shifted
+from tests.test_config import small
 from tests.toy import write_pack
 
 MAPS = torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
@@ -97,6 +99,27 @@ def test_maps_of_another_split_are_refused(file):
 def test_rules_out_of_range(rule):
     with pytest.raises(ValidationError):
         MaskRule(**{"kind": "threshold", **rule})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"mask_rule": {"kind": "threshold", "strength": 1.5}},
+            "finetunings.later.mask_rule.strength: need less than or equal to 1, got 1.5",
+        ),
+        ({"mask_rule": {"kind": "thresh"}}, "finetunings.later.mask_rule.kind: need "),
+        ({"augment": {"crop_scale": [0.5, 1.0]}}, "finetunings.later.augment.crop_scale: masks are of the image as"),
+    ],
+)
+def test_bad_settings_are_one_line(block, message):
+    raw = small()
+    raw["masks"] = {"x": {"method": "xgradcam"}}
+    raw["finetunings"]["later"] |= {"masks": "x", "mask_rule": {"kind": "top_k"}, **block}
+    with pytest.raises(ConfigError) as error:
+        load_config(raw)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_masked_pixels_are_black_before_normalisation_and_turn_with_the_image(tmp_path, file):

@@ -124,3 +124,10 @@ def test_digits_from_a_shell_without_torch_or_data_root(tmp_path):
     assert "1797 images, 10 classes" in done.stderr
     pack = Pack.open(tmp_path / "images.npy", tmp_path / "index.npy")
     assert pack.batch(np.arange(1797)).shape == (1797, 8, 8, 1)
+
+
+def test_with_cues_a_broken_image_is_named_once(tree, tmp_path, capsys):
+    (tree / "set/b/1.png").write_bytes(b"no image")
+    shortcut = {"rate": {"a": 1.0}, "size": 2}
+    assert run(tree, tmp_path / "out", reader="folders", folder="set", shortcut=shortcut) == 2
+    assert "dataset: 1 problem:\n" in capsys.readouterr().err
