@@ -78,5 +78,11 @@ def training_inputs(stage):
     return files
 
 
+def before_masks(wc):
+    """Input function: for selective classification, the network that a finetuning on masked images started from."""
+    inputs = artifact("evaluate", wc.key).inputs
+    return f"{inputs['init'].folder}/model.safetensors" if "init" in inputs else []
+
+
 def training_flags(wc, input):
     return " ".join(f"--{role} {shlex.quote(str(path))}" for role, path in input.items())

@@ -1,9 +1,3 @@
-def before_masks(wc):
-    """Input function: for selective classification, the network that a finetuning on masked images started from."""
-    inputs = artifact("evaluate", wc.key).inputs
-    return f"{inputs['init'].folder}/model.safetensors" if "init" in inputs else []
-
-
 rule evaluate:
     input:
         images=upstream("evaluate", "data", "images.npy"),
