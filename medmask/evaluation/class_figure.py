@@ -9,6 +9,7 @@ from medmask.evaluation.cells import Cell
 from medmask.evaluation.figures import COLOURS, STYLE, message, mpl, wrapped
 
 MOST_CLASSES = 10
+HATCHES = ("", "///")  # of the classes that the colours do not suffice for
 
 
 @mpl.rc_context(STYLE)
@@ -32,7 +33,8 @@ def classes_figure(cells: Sequence[Cell], selection: str) -> Figure:
                 values = [v for found in here if (v := found["per_class"].get(label, {}).get("recall")) is not None]
                 if values:
                     place = y + (k - (len(classes) - 1) / 2) * step
-                    axes.barh(place, np.mean(values), 0.9 * step, color=COLOURS[k % len(COLOURS)], label=label)
+                    look = {"facecolor": COLOURS[k % len(COLOURS)], "hatch": HATCHES[k // len(COLOURS)]}
+                    axes.barh(place, np.mean(values), 0.9 * step, edgecolor="white", lw=0, label=label, **look)
             if here:
                 mean = float(np.mean([found["metrics"]["accuracy"]["value"] for found in here]))
                 axes.plot([mean, mean], [y - 0.45, y + 0.45], color="black", lw=1.5, label="all images")
