@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medmask.artifacts import Artifact, resources
-from medmask.config.load import load_config
+from medmask.config.load import load_config, read_yaml
 from medmask.errors import ConfigError, MedmaskError
 from medmask.grid import FIELDS
 from medmask.runs import Plan, make_plan, refuse_unavailable
@@ -61,15 +61,7 @@ def read_config(files: list[Path], pairs: list[str]) -> dict[str, Any]:
     """Config files, later ones over earlier ones, then KEY=VALUE pairs, as snakemake merges them."""
     merged: dict[str, Any] = {}
     for path in files:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: need named sections, got {type(content).__name__}")
-        merged = update(merged, content)
+        merged = update(merged, read_yaml(path, "named sections"))
     for pair in pairs:
         key, found, value = pair.partition("=")
         if not found:

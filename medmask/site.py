@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medmask import io
+from medmask.config.load import read_yaml
 from medmask.errors import ConfigError
 
 ANSWER_SECONDS = 30
@@ -58,9 +57,12 @@ class Profile:
 
 def call(*command: str) -> Answer:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        # in a session of its own: Ctrl-C is for who asks alone
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, start_new_session=True)
     except FileNotFoundError:
         return Answer(False, f"{command[0]}: not on this machine")
+    except OSError as error:
+        return Answer(False, f"{command[0]}: {error.strerror}")
     except subprocess.TimeoutExpired:
         return Answer(False, f"{command[0]}: no answer in {ANSWER_SECONDS} s")
     if done.returncode == 0:
@@ -122,14 +124,7 @@ def refusal(partition: str | None, account: str | None) -> str:
 
 def read_profile(path: Path) -> Profile:
     """ConfigError when it cannot be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--profile: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--profile: {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--profile: {path}: need `option: value`, got {type(content).__name__}")
+    content = read_yaml(path, "`option: value`")
     default = content.get("default-resources") or []
     if isinstance(default, list):
         default = dict(str(entry).split("=", 1) for entry in default)

@@ -17,6 +17,7 @@ from medmask.errors import LaunchError
 from medmask.launch import after, follow, launcher, local, queue, rank, slurm
 from medmask.launch.job import Job, Options, Unreachable, make_task, note, rank_file
 from medmask.models.weights import read_model
+from medmask.site import Answer
 from tests.toy import SETTINGS, is_same, write_data
 
 ROOT = Path(__file__).parents[1]
@@ -514,13 +515,13 @@ def test_a_job_that_slurm_ended_or_started_anew_is_not_requeued(monkeypatch, sai
 
 def answers(monkeypatch, sacct, squeue) -> None:
     table = {"sacct": sacct, "squeue": squeue}
-    silent = queue.Answer(False, "", "Unable to contact slurm controller")
-    forgotten = queue.Answer(False, "", "slurm_load_jobs error: Invalid job id specified")
+    silent = Answer(False, "Unable to contact slurm controller")
+    forgotten = Answer(False, "slurm_load_jobs error: Invalid job id specified")
     special = {None: silent, "": forgotten}
 
-    def call(*line: str) -> queue.Answer:
+    def call(*line: str) -> Answer:
         text = table[line[0]]
-        return special.get(text, queue.Answer(True, text or "", ""))
+        return special.get(text, Answer(True, text or ""))
 
     monkeypatch.setattr(queue, "call", call)
 

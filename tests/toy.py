@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import nn
 from medmask.config.finetuning import AnyFinetuning
 from medmask.config.training import Augment, Image
 from medmask.data.images import ImageReader
+from medmask.launch.local import free_port
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier
 from medmask.train.checkpoint import Checkpointer
@@ -114,6 +118,22 @@ def run_fit(
     state = fit(cfg, method, data, Execution(ctx or DistContext(), Checkpointer(work, "k"), work, **extra))
     memory = {f"memory.{name}": value for name, value in method.memory().items()} if with_memory else {}
     return {name: value.clone() for name, value in {**method.export(), **memory}.items()}, state
+
+
+def run_two_ranks(module: str, folder: Path) -> list[dict[str, Any]]:
+    """Start `python -m module folder` as two gloo processes; what each of them left in `rank<r>.pt`."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -1,9 +1,11 @@
-"""From the parsed YAML of a config file to checked blocks."""
+"""From the YAML of a config file to checked blocks."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from medmask.config.base import STAGES, Block
@@ -66,6 +68,19 @@ def changed(block: dict[str, Any], path: list[str], value: Any) -> dict[str, Any
     if rest and not isinstance(inner, dict):
         inner = {}
     return {**block, head: changed(inner, rest, value) if rest and inner is not None else value}
+
+
+def read_yaml(path: Path, need: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping; ConfigError when it cannot be read, or when what it holds is not `need`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: need {need}, got {type(content).__name__}")
+    return content
 
 
 def load_config(raw: dict[str, Any]) -> Blocks:

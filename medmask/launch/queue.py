@@ -1,11 +1,10 @@
 """What Slurm says of a job."""
 
 import logging
-import subprocess
 import time
-from dataclasses import dataclass
 
 from medmask.launch.job import Job, Options, Unreachable, checkpoint_step
+from medmask.site import call
 
 log = logging.getLogger(__name__)
 LIVE = frozenset({
@@ -13,7 +12,6 @@ LIVE = frozenset({
     "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD", "POWER_UP_NODE", "COMPLETING",
 })  # fmt: skip
 GONE = "GONE"  # Slurm knows nothing of the job
-ASK_SECONDS = 30  # time limit of one question
 MOST_GONE = 5  # so often in a row a job is not found before it is given up: a new one takes a while to appear
 SILENT_SECONDS = 3600  # how long Slurm may not answer
 CROSS_CHECK = 10  # accounting may lag behind for ever: ask the controller too, now and then
@@ -35,13 +33,6 @@ ADVICE = {
     "OUT_OF_MEMORY": "raise `needs: mem_gb`, or lower `workers`",
     "DEADLINE": "ask for a shorter time limit",
 }
-
-
-@dataclass(frozen=True)
-class Answer:
-    ok: bool
-    text: str
-    error: str
 
 
 class Queue:
@@ -87,27 +78,16 @@ class Queue:
 def accounting_state(job_id: str) -> str:
     """Last state of a job in the accounting; empty when there is none, or it does not answer."""
     done = call("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State")
-    lines = done.text.split("\n") if done.ok else []
+    lines = done.text.split("\n") if done.is_ok else []
     return lines[-1].split()[0].rstrip("+") if lines and lines[-1] else ""
 
 
 def controller_state(job_id: str) -> tuple[str, str]:
     """State of a job, empty if the controller has forgotten it; and what is wrong when it does not answer."""
     done = call("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
-    if not done.ok and "invalid job id" not in done.error.lower():
-        return "", done.error
-    return (done.text.split() or [""])[0] if done.ok else "", ""
-
-
-def call(*command: str) -> Answer:
-    try:
-        # in a session of its own: Ctrl-C is for the launcher alone
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, start_new_session=True)
-    except subprocess.TimeoutExpired:
-        return Answer(False, "", f"{command[0]}: no answer in {ASK_SECONDS} s")
-    except OSError as error:
-        return Answer(False, "", f"{command[0]}: {error.strerror}")
-    return Answer(done.returncode == 0, done.stdout.strip(), " ".join(done.stderr.split()))
+    if not done.is_ok and "invalid job id" not in done.text.lower():
+        return "", done.text
+    return (done.text.split() or [""])[0] if done.is_ok else "", ""
 
 
 def ending(job: Job, state: str, options: Options) -> str:

@@ -17,8 +17,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from medmask.errors import ConfigError, LaunchError
 from medmask.launch.job import Job, Options, Task, Unreachable
-from medmask.launch.queue import LIVE, Queue, call, controller_state
+from medmask.launch.queue import LIVE, Queue, controller_state
 from medmask.launch.rank import run_rank
+from medmask.site import call
 from medmask.train.signals import STOP_AT, grace_seconds
 
 log = logging.getLogger(__name__)
@@ -71,11 +72,11 @@ class Slurm:
         end = time.monotonic() + SUBMIT_SECONDS
         while True:
             done = call("squeue", "--noheader", "--me", f"--name={name}", "--format=%A")
-            if done.ok:
+            if done.is_ok:
                 return sorted(set(done.text.split()), key=int)
             if time.monotonic() > end:
-                raise Unreachable(f"squeue: {done.error}; asked for {SUBMIT_SECONDS // 60} minutes")
-            log.warning("squeue: %s; asking again", done.error)
+                raise Unreachable(f"squeue: {done.text}; asked for {SUBMIT_SECONDS // 60} minutes")
+            log.warning("squeue: %s; asking again", done.text)
             time.sleep(PAUSE_SECONDS)
 
     def stop(self, job: Job) -> None:

@@ -1,9 +1,6 @@
 """The meta-gradient against an unrolled step of torch's own optimizers; as a script, what each of two ranks runs."""
 
-import contextlib
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medmask.errors import ConfigError
-from medmask.launch.local import free_port
 from medmask.methods.meta_gradient import (
     agreement_of,
     clean_direction,
@@ -25,9 +21,8 @@ from medmask.methods.meta_gradient import (
 )
 from medmask.train.batchnorm import convert_batchnorm
 from medmask.train.distributed import distributed
-from tests.toy import is_same
+from tests.toy import is_same, run_two_ranks
 
-ROOT = Path(__file__).parents[2]
 N, CLEAN, CLASSES = 6, 3, 4
 
 
@@ -390,21 +385,7 @@ def direction_and_agreement(network, rank=None):
 
 def test_two_ranks_find_what_one_process_finds(tmp_path):
     """Each rank has the clean gradient of one process, not a multiple; a sum of weighted losses gives its gradients."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.methods.test_meta_gradient", str(tmp_path)],
-                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                )
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = run_two_ranks("tests.methods.test_meta_gradient", tmp_path)
     expected = direction_and_agreement(make_network().train())
     for key, value in expected.items():
         found = [rank[key] for rank in ranks]

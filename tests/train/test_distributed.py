@@ -1,10 +1,6 @@
 """Two gloo processes compute what one does; all of it in one start of two processes."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,33 +9,18 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from medmask.errors import ConfigError, LaunchError
-from medmask.launch.local import free_port
 from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
 from medmask.train.loader import Plan
-from tests.toy import is_same, settings, tiny_network
+from tests.toy import is_same, run_two_ranks, settings, tiny_network
 from tests.train.ranks import STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two ranks has found, and what one process finds."""
     folder = tmp_path_factory.mktemp("ranks")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.ranks", str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return found, train_all(folder, DistContext())
+    return run_two_ranks("tests.train.ranks", folder), train_all(folder, DistContext())
 
 
 def test_batch_norm_over_ranks_has_the_gradients_of_one_process(ranks):
