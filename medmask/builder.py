@@ -125,6 +125,8 @@ class Builder:
             raise ConfigError(
                 f"{where}.freeze: {block.freeze} would keep random weights: {cell.where()} starts from none"
             )
+        if init is None and block.checkpoint != "last":
+            raise ConfigError(f"{where}.checkpoint: {cell.where()} starts from no weights, so it has no best epoch")
         if "teacher" in type(block).model_fields:
             if (teacher := block.teacher) is None:
                 raise ConfigError(f"{where}.teacher: needed by `method: {block.method}`")

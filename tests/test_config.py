@@ -53,6 +53,11 @@ def put(raw, path, value):
 
 
 BAD = {
+    "best epoch of nothing": (
+        "finetunings/plain/checkpoint",
+        "best",
+        "finetunings.plain.checkpoint: experiments.e.runs.scratch starts from no weights, so it has no best epoch",
+    ),
     "unknown key": ("finetunings/plain/learning_rate", 0.1, "finetunings.plain.learning_rate: unknown key (value 0.1)"),
     "unknown section": ("finetuning", {}, "finetuning: unknown key"),
     "wrong type": ("finetunings/plain/epochs", "many", "finetunings.plain.epochs: need a valid integer"),

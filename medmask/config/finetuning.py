@@ -19,14 +19,18 @@ class Source(Block):
     finetune: Name | None = None
 
 
+Checkpoint = Literal["last", "best"]
+
+
 class MaskRule(Block):
     """From saliency maps, which run from 0 to 1, to masks."""
 
-    kind: Literal["threshold", "top_k", "mean", "official", "random"] = Field(
+    kind: Literal["threshold", "top_k", "mean", "official", "random", "cutout"] = Field(
         description="what is hidden: above `strength`; the top share `strength`; above `strength` times the mean; "
-        "above mean + 2 sd of the positive pixels; as top_k, but moved to a random place"
+        "above mean + 2 sd of the positive pixels; as top_k, but moved to a random place; one square at a random "
+        "place, its side between 1/14 and 1/2 of the image's"
     )
-    strength: Fraction = Field(0.1, description="parameter of the rule; official has none")
+    strength: Fraction = Field(0.1, description="parameter of the rule; official and cutout have none")
     resolution: Literal["map", "image"] = Field(
         "map", description="apply the rule to the map as it is, or after bilinear resizing to the image"
     )
@@ -48,6 +52,7 @@ class Finetuning(Training):
         "none", description="part of the backbone that stays: all, or all but the last n stages"
     )
     after: Name | None = Field(None, description="start from this finetuning of the same run")
+    checkpoint: Checkpoint = Field("last", description="epoch of the starting network: its last, or its best one")
     masks: Name | None = Field(None, description="hide what the starting network looks at in the training images")
     mask_rule: MaskRule | None = Field(None, description="see below")
 
@@ -188,6 +193,7 @@ class SaliencyMaps(Block):
     method: Literal["xgradcam", "gradcam"]
     layer: Name = Field("last_relu", description="activation that is explained: the last one before pooling, or a name")
     target: Literal["true", "predicted"] = Field("true", description="class that is explained")
+    checkpoint: Checkpoint = Field("last", description="epoch of the network that is explained: its last, or best one")
     epsilon: Float = Field(
         1e-8, ge=0, description="xgradcam: added to the sum of a channel; 1e-8 in torchcam, 1e-7 in pytorch-grad-cam"
     )

@@ -45,6 +45,7 @@ RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "official": official,
     "random": top_k,  # of maps that have been shifted
 }
+CUTOUT = (1 / 14, 1 / 2)  # sides of a square, as shares of the image's: 2 to 14 of 28 pixels
 
 
 def hide_salient(maps: Tensor, rule: MaskRule, height: int, width: int) -> Tensor:
@@ -70,6 +71,21 @@ def shifted(maps: Tensor, positions: np.ndarray, seed: int) -> Tensor:
     rows = (torch.arange(height) - down) % height  # (N, h)
     columns = (torch.arange(width) - right) % width
     return maps[torch.arange(len(maps))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def cutouts(positions: np.ndarray, height: int, width: int, seed: int) -> Tensor:
+    """Masks (N, 1, H, W) that hide one square each, its side and place drawn by image, wholly within the image.
+
+    Source: aliasgharkhani/Masktune, its random masking.
+    """
+    masks = torch.ones(len(positions), 1, height, width)
+    least, most = (max(1, round(share * min(height, width))) for share in CUTOUT)
+    for mask, position in zip(masks, positions, strict=True):
+        rng = np.random.default_rng([seed, *b"cutout", int(position)])
+        side = int(rng.integers(least, most + 1))
+        top, left = rng.integers((height - side + 1, width - side + 1))
+        mask[0, top : top + side, left : left + side] = 0
+    return masks
 
 
 class Masks:
@@ -103,7 +119,9 @@ class Masks:
         rows = self.row_of[np.minimum(positions, len(self.row_of) - 1)]  # the last one is no image
         known = np.flatnonzero(rows >= 0)
         masks = torch.ones(len(positions), 1, height, width)
-        if len(known):
+        if self.rule.kind == "cutout":
+            masks[torch.from_numpy(known)] = cutouts(positions[known], height, width, self.seed)
+        elif len(known):
             maps = self.maps[torch.from_numpy(rows[known])].float()
             if self.rule.kind == "random":
                 maps = shifted(maps, positions[known], self.seed)
@@ -112,6 +130,8 @@ class Masks:
 
     def notes(self) -> list[str]:
         """Sentences for the record: how much is hidden, and maps that hide nothing."""
+        if self.rule.kind == "cutout":
+            return [f"masks (cutout) hide one square in each of {int((self.row_of >= 0).sum())} training images"]
         used = self.maps[torch.from_numpy(self.row_of[self.row_of >= 0])]
         empty = int((used.flatten(1).amax(1) == 0).sum())
         height, width = used.shape[1:]

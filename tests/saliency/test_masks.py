@@ -11,7 +11,7 @@ from medmask.config.load import load_config
 from medmask.config.training import Augment, Image
 from medmask.data.images import ImageReader
 from medmask.errors import ConfigError, DataError
-from medmask.saliency.masks import Masks, hide_salient, shifted
+from medmask.saliency.masks import Masks, cutouts, hide_salient, shifted
 from tests.test_config import small
 from tests.toy import write_pack
 
@@ -70,6 +70,29 @@ def test_random_masks_have_the_area_of_top_k_elsewhere():
     assert len(places) > 20
     first = moved[0]
     assert any(torch.equal(first, maps[0].roll((a, b), (0, 1))) for a in range(8) for b in range(8))
+
+
+def test_a_cutout_is_one_square_of_a_side_between_2_and_14_of_28_pixels():
+    masks = cutouts(np.arange(300), 28, 28, seed=0)
+    assert set(masks.unique().tolist()) == {0, 1}
+    hidden = [np.argwhere(mask[0].numpy() == 0) for mask in masks]
+    spans = [tuple(places.max(0) - places.min(0) + 1) for places in hidden]
+    assert all(
+        height == width and len(places) == height**2 for (height, width), places in zip(spans, hidden, strict=True)
+    )
+    assert {height for height, _ in spans} == set(range(2, 15))
+    assert len({tuple(places[0]) for places in hidden}) > 150
+    assert torch.equal(masks[5:9], cutouts(np.arange(5, 9), 28, 28, seed=0))
+    assert not torch.equal(masks, cutouts(np.arange(300), 28, 28, seed=1))
+    assert cutouts(np.arange(20), 3, 5, seed=0).flatten(1).amin(1).max() == 0  # a square of one pixel at least
+
+
+def test_cutouts_hide_parts_of_the_masked_images_alone(file):
+    masks = Masks(file, MaskRule(kind="cutout"), np.array([4]), seed=0)
+    found = masks(np.array([2, 4]), 28, 28)
+    assert found[0].min() == 1
+    assert found[1].min() == 0
+    assert masks.notes() == ["masks (cutout) hide one square in each of 1 training images"]
 
 
 def test_masks_belong_to_images(file):

@@ -234,6 +234,26 @@ def test_weights_have_a_rule_of_their_own(workflow, ranks, rule):
     }
 
 
+@pytest.mark.parametrize(("stage", "rule"), [("finetunings", "finetune"), ("masks", "mask")])
+def test_a_stage_starts_from_the_checkpoint_that_it_names(workflow, stage, rule):
+    raw = tiny()
+    raw["masks"] = {"seen": {"method": "xgradcam"}}
+    plain = raw["finetunings"]["plain"]
+    raw["finetunings"]["hidden"] = {**plain, "masks": "seen", "mask_rule": {"kind": "top_k"}}
+    raw["experiments"]["tiny"]["runs"]["hidden"] = {"pretrain": "base", "finetune": "hidden"}
+    for block in raw[stage].values():
+        block["checkpoint"] = "best"
+    raw["experiments"]["tiny"]["runs"].pop("scratch")  # starts from no weights
+    raw["experiments"]["tiny"]["reference"] = "pretrained"
+    done = workflow("-n", config=raw)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = re.findall(r"^(?:local)?rule (\w+):\n    input: (.*)$", done.stdout + done.stderr, re.MULTILINE)
+    starts = [(name, Path(path).name) for name, line in jobs for path in line.split(", ") if "results/pretrain" in path]
+    wanted = {"finetune": "model", "mask": "model", "evaluate": "model", rule: "best"}
+    assert {name for name, _ in starts} >= {"finetune", "mask"}
+    assert {(name, path) for name, path in starts} == {(name, f"{wanted[name]}.safetensors") for name, _ in starts}
+
+
 def test_the_bare_profile_name_works():
     """`snakemake --profile slurm` finds the link in the root."""
     assert (ROOT / "slurm").is_symlink()

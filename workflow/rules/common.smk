@@ -52,6 +52,17 @@ def upstream(stage, role, name):
     return lambda wc: f"{artifact(stage, wc.key).inputs[role].folder}/{name}"
 
 
+def weights_of(made, role):
+    """File of the network that plays `role`: of its last epoch, or of the best one where the settings say so."""
+    epoch = made.settings.get("checkpoint", "last") if role in ("init", "model") else "last"
+    return f"{made.inputs[role].folder}/{'best' if epoch == 'best' else 'model'}.safetensors"
+
+
+def explained(wc):
+    """Input function: the network whose saliency maps are wanted."""
+    return weights_of(artifact("mask", wc.key), "model")
+
+
 def settings(stage):
     """Params function: the settings of an artifact as JSON."""
     return lambda wc: io.to_json(artifact(stage, wc.key).settings)
@@ -61,8 +72,8 @@ def training_inputs(stage):
     """Input function: data, labels, and the networks that a training starts from."""
 
     def files(wc):
-        inputs = artifact(stage, wc.key).inputs
-        named = {}
+        made = artifact(stage, wc.key)
+        inputs, named = made.inputs, {}
         if "data" in inputs:
             named["images"] = f"{inputs['data'].folder}/images.npy"
             named["index"] = f"{inputs['data'].folder}/index.npy"
@@ -71,9 +82,7 @@ def training_inputs(stage):
             named["labels"] = f"{inputs['noise'].folder}/labels.csv"
         if "masks" in inputs:
             named["maps"] = f"{inputs['masks'].folder}/maps.safetensors"
-        return named | {
-            role: f"{inputs[role].folder}/model.safetensors" for role in ("init", "teacher") if role in inputs
-        }
+        return named | {role: weights_of(made, role) for role in ("init", "teacher") if role in inputs}
 
     return files
 

@@ -5,7 +5,7 @@ rule mask:
         index=upstream("mask", "data", "index.npy"),
         split=upstream("mask", "split", "split.csv"),
         summary=upstream("mask", "split", "split.json"),
-        model=upstream("mask", "model", "model.safetensors"),
+        model=explained,
     output:
         maps="results/mask/{key}/maps.safetensors",
         record="results/mask/{key}/record.json",
