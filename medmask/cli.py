@@ -93,10 +93,15 @@ def main(argv: Sequence[str]) -> int:
     work_dir = getattr(args, "work_dir", None)
     try:
         if args.command in COMMANDS:
-            return importlib.import_module(f"medmask.{args.command}").main(args)
+            code = importlib.import_module(f"medmask.{args.command}").main(args)
+            sys.stdout.flush()
+            return code
         if work_dir is not None:
             (work_dir / "refused").unlink(missing_ok=True)
         run_stage(args)
+    except BrokenPipeError:  # `plan | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Stopped as stop:
         if is_main_rank():
             print(f"medmask {args.command}: {stop}", file=sys.stderr)

@@ -142,3 +142,14 @@ def test_a_bug_is_1_with_its_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_a_reader_who_has_seen_enough_gets_no_traceback(command):
+    """`medmask plan | head -1`."""
+    shell = f"set -o pipefail; {sys.executable} -m medmask {command} | (sleep 0.1; true)"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
