@@ -165,3 +165,26 @@ def test_weights_are_loaded_where_snakemake_runs(tmp_path):
     assert "localrule weights:" in said
     assert "has been submitted" not in said
     assert json.loads((tmp_path / "results/pretrain" / key / "record.json").read_text())["sha256"]
+
+
+def test_snakemake_inside_a_batch_job_submits_jobs_of_its_own(tmp_path):
+    """For sites that end long processes on login nodes; the job's own SLURM_* variables must not reach its jobs."""
+    config = yaml.safe_load((ROOT / "tests" / "fixtures" / "config_tiny.yaml").read_text())
+    demo = Demo(tmp_path / "inside", config)
+    snakemake = Path(sys.executable).with_name("snakemake")
+    line = ["sbatch", "--parsable", "--account=lab", "--partition=cpu", "--mem=1000", "--time=20", "--ntasks=1"]
+    line += ["--cpus-per-task=1", f"--chdir={demo.folder}", f"--output={demo.folder}/said.txt"]
+    outer = slurm(
+        *line, "--export=ALL,OMP_NUM_THREADS=1", "--wrap", f"{snakemake} --profile slurm --configfile demo.yaml"
+    )
+    try:
+        wait_for(
+            lambda: slurm("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={outer}") == "COMPLETED", 600
+        )
+        assert (demo.folder / "results" / "tiny" / "report.html").exists(), demo.said()
+        states = [state for _, _, state in demo.jobs()]
+        assert states == ["COMPLETED"] * 8  # data, split, noise, and twice finetune and evaluate, and the list of runs
+        assert demo.jobs_of_pretraining() == 1
+    finally:
+        subprocess.run(["scancel", outer], check=False)
+        demo.clean_up()
