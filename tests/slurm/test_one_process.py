@@ -168,7 +168,7 @@ def test_weights_are_loaded_where_snakemake_runs(tmp_path):
 
 
 def test_snakemake_inside_a_batch_job_submits_jobs_of_its_own(tmp_path):
-    """For sites that end long processes on login nodes; the job's own SLURM_* variables must not reach its jobs."""
+    """For sites that end long processes on login nodes."""
     config = yaml.safe_load((ROOT / "tests" / "fixtures" / "config_tiny.yaml").read_text())
     demo = Demo(tmp_path / "inside", config)
     snakemake = Path(sys.executable).with_name("snakemake")
