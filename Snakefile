@@ -24,6 +24,7 @@ localrules:
     all,
     runs,
     aggregate,
+    aggregate_selective,
     weights,
     pretrain_ddp,
     finetune_ddp,
@@ -36,6 +37,7 @@ rule all:
         # Snakemake would not ask for these where an older table stands
         [experiment_runs(experiment) for experiment in EXPERIMENTS],
         [path for experiment in EXPERIMENTS for path in evaluations(experiment)],
+        [path for experiment in EXPERIMENTS for path in special_figures(experiment)],
 
 
 onstart:

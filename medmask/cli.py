@@ -175,7 +175,7 @@ def run_stage(args: argparse.Namespace) -> None:
         with all_or_none(targets) as parts:
             stage.run(settings, **inputs, **more, **parts)
             if is_main_rank():
-                io.write_json(next(iter(targets.values())).with_name("config.json"), record)
+                io.write_json(targets[stage.OUTPUTS[0]].with_name("config.json"), record)
         if getattr(stage, "TRAINS", False) and is_main_rank():
             stage.tidy(args.work_dir)  # not before the outputs stand: a kill in between would cost the whole training
 

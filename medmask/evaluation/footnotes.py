@@ -5,6 +5,7 @@ from typing import Any
 
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
+from medmask.evaluation.coverage import coverage_notes
 from medmask.evaluation.statistics import rank_correlation
 
 FEWEST_RANKS = 5  # rows whose order is compared with the published one
@@ -39,7 +40,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
             "A published number is inside when it lies in the 95 % prediction interval of one more run (spread over "
             "seeds, and the binomial error of the published number of test images, approximate unless accuracy)."
         )
-    notes += rank_notes(cells, measure)
+    notes += rank_notes(cells, measure) + coverage_notes(cells, measure)
     return notes + failure_notes(cells)
 
 
@@ -146,7 +147,7 @@ def rank_note(cells: Sequence[Cell], measure: Measure) -> str:
         return f"{what} is not defined, since all our means or all published values are the same."
     seeds = [seed for seed in ranked[0].draws if all(seed in cell.draws for cell in ranked)]
     each = {seed: rank_correlation([cell.value(seed, measure) or 0.0 for cell in ranked], values) for seed in seeds}
-    single = ", ".join(f"seed {seed} {'undefined' if r is None else f'{r:.3f}'}" for seed, r in each.items())
+    single = ", ".join(f"seed {seed}: {'undefined' if r is None else f'{r:.3f}'}" for seed, r in each.items())
     return (
         f"{what} of our means with the published values is {rho:.3f} over {len(pairs)} of {len(known)} rows that have "
         f"one{f' ({single})' if len(seeds) > 1 else ''}. The published values stand as they are: what another run of "

@@ -238,7 +238,7 @@ def rank_sentences(made):
 def test_the_order_of_the_rows_is_compared_with_the_published_one(ranked, up, rho):
     (note,) = rank_sentences(ranked(up)[0])
     assert f"on test set test: Spearman's rank correlation of our means with the published values {rho}" in note
-    assert "over 6 of 6 rows that have one (seed 0 " in note
+    assert "over 6 of 6 rows that have one (seed 0: " in note
     assert note.count("seed ") == 3
 
 
@@ -251,7 +251,7 @@ def test_ranks_by_hand_of_a_seed_and_of_rows_that_cannot_be_compared(ranked):
     values = {seed: [cell.value(seed, MEASURE) for cell in order[:5]] for seed in (0, 1, 2)}
     ranks = {seed: [sorted(found).index(v) for v in found] for seed, found in values.items()}
     by_hand = {s: 1 - sum((a - b) ** 2 for a, b in zip(r, [1, 0, 2, 3, 4], strict=True)) / 20 for s, r in ranks.items()}
-    assert "(" + ", ".join(f"seed {seed} {rho:.3f}" for seed, rho in by_hand.items()) + ")" in note
+    assert "(" + ", ".join(f"seed {seed}: {rho:.3f}" for seed, rho in by_hand.items()) + ")" in note
 
 
 def test_few_or_equal_ranks(ranked):

@@ -234,6 +234,19 @@ def test_weights_have_a_rule_of_their_own(workflow, ranks, rule):
     }
 
 
+@pytest.mark.parametrize(
+    ("change", "jobs"),
+    [
+        (lambda raw: raw, {"aggregate": 1}),
+        (put("evaluations/default/coverages", [0.8, 1.0]), {"aggregate_selective": 1}),
+    ],
+)
+def test_figures_that_only_some_experiments_have(workflow, change, jobs):
+    planned = workflow.jobs(change(tiny()))
+    named = ("aggregate", "aggregate_selective")
+    assert {name: count for name, count in planned.items() if name in named} == jobs
+
+
 def test_the_bare_profile_name_works():
     """`snakemake --profile slurm` finds the link in the root."""
     assert (ROOT / "slurm").is_symlink()

@@ -45,10 +45,19 @@ rule aggregate:
         runs=lambda wc: experiment_runs(wc.experiment),
         evaluations=lambda wc: evaluations(wc.experiment),
     output:
-        **dict(aggregate_outputs()),
+        **aggregate_outputs(),
     log:
         "logs/aggregate/{experiment}.log",
+    wildcard_constraints:
+        experiment=by_coverages(False),
     params:
         arguments=lambda wc: aggregate_arguments(wc.experiment, f"results/{wc.experiment}"),
     shell:
         "python -m medmask aggregate {params.arguments} 2>&1 | tee -i {log:q}"
+
+
+use rule aggregate as aggregate_selective with:
+    output:
+        **aggregate_outputs(selective=True),
+    wildcard_constraints:
+        experiment=by_coverages(True),
