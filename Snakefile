@@ -23,6 +23,7 @@ include: "workflow/rules/results.smk"
 localrules:
     all,
     runs,
+    panels,
     aggregate,
     aggregate_selective,
     weights,

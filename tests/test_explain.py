@@ -1,38 +1,21 @@
 """The command explain: a figure of what two networks look at."""
 
-import json
-
 import pandas as pd
 import pytest
 from PIL import Image
 
 from medmask import cli
-from medmask.explain import choose_rows
 from medmask.saliency import panels
-from tests.toy import SETTINGS, write_data
+from medmask.saliency.looks import choose_rows
+from tests.toy import train_masked, write_data
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A pretraining, its maps, and a finetuning on masked images."""
+    """The results of a pretraining, its maps, and a finetuning on masked images."""
     folder = tmp_path_factory.mktemp("explain")
-    data = write_data(folder / "data")
-
-    def call(stage, config, outputs, **inputs):
-        files = {name: str(path) for name, path in {**data, **inputs}.items() if stage != "mask" or name != "labels"}
-        files |= {name: str(folder / stage / file) for name, file in outputs.items()}
-        flags = [text for name, path in files.items() for text in (f"--{name}", path)]
-        assert (
-            cli.main([stage, "--config", json.dumps(config), "--work-dir", str(folder / "work" / stage), *flags]) == 0
-        )
-
-    trained = {"model": "model.safetensors", "best": "best.safetensors", "history": "h.jsonl", "record": "record.json"}
-    call("pretrain", SETTINGS, trained)
-    model = folder / "pretrain/model.safetensors"
-    call("mask", {"method": "xgradcam"}, {"maps": "maps.safetensors", "record": "record.json"}, model=model)
-    rule = {"masks": "x", "mask_rule": {"kind": "top_k", "strength": 0.3}}
-    call("finetune", {**SETTINGS, **rule, "epochs": 1}, trained, init=model, maps=folder / "mask/maps.safetensors")
-    return folder
+    train_masked(folder / "results", write_data(folder / "data"), {"masked": {"kind": "top_k", "strength": 0.3}})
+    return folder / "results"
 
 
 def drawn(monkeypatch):
@@ -44,21 +27,21 @@ def drawn(monkeypatch):
 
 def test_five_panels(runs, monkeypatch):
     calls = drawn(monkeypatch)
-    assert cli.main(["explain", str(runs / "finetune"), "-n", "4"]) == 0
+    assert cli.main(["explain", str(runs / "finetune/masked"), "-n", "4"]) == 0
     images, before, after, masks, texts = calls[0]
     assert images.shape == (4, 1, 28, 28)
     assert before.shape == after.shape == (4, 28, 28)
     assert masks.shape == (4, 1, 28, 28)
     assert 0 < float((masks == 0).float().mean()) < 0.5
     assert [text[0] for text in texts] == ["c0", "c1", "c0", "c1"]
-    assert Image.open(runs / "finetune/explain.png").size[0] > 5 * 150
+    assert Image.open(runs / "finetune/masked/explain.png").size[0] > 5 * 150
 
 
 def test_without_masks_and_against_another_run(runs, monkeypatch, tmp_path):
     calls = drawn(monkeypatch)
     out = tmp_path / "x.png"
-    argv = ["explain", str(runs / "pretrain"), "--against", str(runs / "finetune"), "--side", "val", "--out", str(out)]
-    assert cli.main(argv) == 0
+    other = ["--against", str(runs / "finetune/masked"), "--side", "val", "--out", str(out)]
+    assert cli.main(["explain", str(runs / "pretrain/erm"), *other]) == 0
     assert calls[0][3] is None
     assert out.exists()
 
@@ -67,10 +50,10 @@ def test_without_masks_and_against_another_run(runs, monkeypatch, tmp_path):
     ("argv", "message"),
     [
         (["gone"], "need the folder of a training with its config.json"),
-        (["mask"], "need a pretraining or finetuning that has read data, got mask"),
-        (["pretrain"], "--against: "),
-        (["finetune", "--layer", "backbone.77"], "no layer 'backbone.77' whose output is a map"),
-        (["finetune", "--side", "test"], "no images on the side test"),
+        (["mask/maps"], "need a pretraining or finetuning that has read data, got mask"),
+        (["pretrain/erm"], "--against: "),
+        (["finetune/masked", "--layer", "backbone.77"], "no layer 'backbone.77' whose output is a map"),
+        (["finetune/masked", "--side", "test"], "no images on the side test"),
     ],
 )
 def test_mistakes_are_one_line(runs, capsys, argv, message):

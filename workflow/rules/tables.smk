@@ -12,6 +12,7 @@ REPORTED = {  # output of aggregate: its part of the report, and what it is call
     "weights_png": ("Figures", "5 weights and trusts"),
     "classes_png": ("Figures", "6 accuracy by class"),
     "coverage_png": ("Figures", "7 errors by coverage"),
+    "panels_png": ("Figures", "8 worst and best masks"),
 }
 AGGREGATE_OUTPUTS = {"summary": "summary.csv"}
 AGGREGATE_OUTPUTS |= {f"table_{kind}": f"table.{kind}" for kind in ("csv", "md", "tex", "html")}
@@ -50,9 +51,16 @@ def by_coverages(selective):
     return "|".join(name for name in EXPERIMENTS if is_selective(name) == selective) or "(?!)"
 
 
+def panels(experiment):
+    """The figure of the worst and the best masks, where an experiment has any."""
+    has_masks = any("mask" in run.artifacts for run in PLAN.runs[experiment])
+    return [f"results/{experiment}/figures/panels.png"] if has_masks else []
+
+
 def special_figures(experiment):
     """Figures that only some experiments have, which tables of an older version lack."""
-    return [f"results/{experiment}/{COVERAGE_OUTPUTS['coverage_png']}"] if is_selective(experiment) else []
+    coverage = [f"results/{experiment}/{COVERAGE_OUTPUTS['coverage_png']}"] if is_selective(experiment) else []
+    return panels(experiment) + coverage
 
 
 def aggregate_arguments(experiment, folder):
