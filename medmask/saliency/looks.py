@@ -1,5 +1,6 @@
 """What trained networks look at in the same images, and the masks that a training hid them with, from its files."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,13 @@ def explain(weights: Path, files: dict[str, Path], rows: pd.DataFrame, cfg: Sali
     maps, logits = Explainer(network, layer, cfg.method, cfg.epsilon)(images, targets)
     probs = logits.softmax(1).gather(1, labels[:, None])[:, 0]
     return resized(maps, images.shape[2], images.shape[3]), probs.tolist()
+
+
+def masked_images(run: Trained, rows: pd.DataFrame, batch: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Batch by batch: which rows, their masks (N, 1, H, W) in [0, 1], 1 keeps, and their pixels, (N, C, H, W) uint8."""
+    positions, reader = rows["position"].to_numpy(), run.reader()
+    masks = run.masks(positions)
+    for start in range(0, len(positions), batch):
+        part = slice(start, min(start + batch, len(positions)))
+        pixels = reader.unmasked(positions[part])
+        yield part, masks(positions[part], pixels.shape[2], pixels.shape[3]), pixels
