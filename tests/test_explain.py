@@ -68,6 +68,13 @@ def test_mistakes_are_one_line(runs, capsys, argv, message):
     assert message in line
 
 
+def test_a_network_of_other_classes_is_refused(runs, tmp_path, capsys):
+    other = tmp_path / "results"
+    train_masked(other, write_data(tmp_path / "data", n_classes=3), {})
+    assert cli.main(["explain", str(runs / "finetune/masked"), "--against", str(other / "pretrain/erm")]) == 2
+    assert "has 3 classes, the data have 2" in capsys.readouterr().err
+
+
 def test_images_are_taken_in_turn():
     rows = pd.DataFrame({"label": [0] * 50 + [1] * 10, "has_cue": ([0] * 49 + [1]) + [0] * 10})
     chosen = choose_rows(rows, 5, 0)

@@ -16,8 +16,9 @@ from medmask.config.finetuning import MaskRule, SaliencyMaps
 from medmask.config.training import Image
 from medmask.data.images import ImageReader
 from medmask.data.pack import Pack
-from medmask.data.tables import read_split
+from medmask.data.tables import read_facts, read_split
 from medmask.errors import ConfigError, DataError
+from medmask.models.backbones import Classifier
 from medmask.models.weights import load_classifier
 from medmask.saliency.layers import find_layer
 from medmask.saliency.maps import Explainer, resized
@@ -41,6 +42,11 @@ class Trained:
     def is_masked(self) -> bool:
         return self.settings.get("mask_rule") is not None and "maps" in self.files
 
+    def load(self, weights: Path) -> tuple[Classifier, Image]:
+        """A network, which must know as many classes as the split has, and how it is given its images."""
+        network, spec, _ = load_classifier(weights, len(read_facts(self.files["summary"], classes=list)["classes"]))
+        return network, Image.model_validate(spec.image)
+
     def rows(self, sides: tuple[str, ...]) -> pd.DataFrame:
         """The rows of its split on these sides; DataError when there are none."""
         pack = Pack.open(self.files["images"], self.files["index"])
@@ -52,8 +58,7 @@ class Trained:
 
     def reader(self) -> ImageReader:
         """Reads images as the network sees them."""
-        _, spec, _ = load_classifier(self.model)
-        return ImageReader(self.files["images"], self.files["index"], Image.model_validate(spec.image))
+        return ImageReader(self.files["images"], self.files["index"], self.load(self.model)[1])
 
     def masks(self, positions: np.ndarray) -> Masks:
         """The masks of these images, as the training has used them."""
@@ -104,7 +109,7 @@ def compare(run: Trained, before: Path, rows: pd.DataFrame, cfg: SaliencyMaps, *
     """What the network `before` and that of the run look at in the images of these rows."""
     positions = rows["position"].to_numpy()
     pixels = run.reader().unmasked(positions)
-    maps, probs = zip(*(explain(path, run.files, rows, cfg) for path in (before, run.model)), strict=True)
+    maps, probs = zip(*(explain(run, path, rows, cfg) for path in (before, run.model)), strict=True)
     masks = run.masks(positions)(positions, pixels.shape[2], pixels.shape[3]) if with_masks else None
     cues = rows.get("has_cue", [0] * len(rows))
     texts = [
@@ -114,10 +119,10 @@ def compare(run: Trained, before: Path, rows: pd.DataFrame, cfg: SaliencyMaps, *
     return Look(pixels, maps[0], maps[1], masks, texts)
 
 
-def explain(weights: Path, files: dict[str, Path], rows: pd.DataFrame, cfg: SaliencyMaps) -> tuple[Tensor, list[float]]:
+def explain(run: Trained, weights: Path, rows: pd.DataFrame, cfg: SaliencyMaps) -> tuple[Tensor, list[float]]:
     """Maps at the size of the image, (N, H, W), and the probabilities of the true classes."""
-    network, spec, _ = load_classifier(weights)
-    reader = ImageReader(files["images"], files["index"], Image.model_validate(spec.image))
+    network, image = run.load(weights)
+    reader = ImageReader(run.files["images"], run.files["index"], image)
     images, labels = reader.batch(rows["position"].to_numpy()), torch.tensor(rows["label"].to_numpy())
     _, layer = find_layer(network, cfg.layer, images[:1])
     targets = labels if cfg.target == "true" else None
