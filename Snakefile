@@ -23,7 +23,9 @@ include: "workflow/rules/results.smk"
 localrules:
     all,
     runs,
+    panels,
     aggregate,
+    aggregate_selective,
     weights,
     pretrain_ddp,
     finetune_ddp,
@@ -36,6 +38,7 @@ rule all:
         # Snakemake would not ask for these where an older table stands
         [experiment_runs(experiment) for experiment in EXPERIMENTS],
         [path for experiment in EXPERIMENTS for path in evaluations(experiment)],
+        [path for experiment in EXPERIMENTS for path in special_figures(experiment)],
 
 
 onstart:

@@ -35,6 +35,7 @@ STAGES = {
     "finetune": "train a classifier, from pretrained weights or from scratch",
     "evaluate": "predict the test sets and compute the metrics with their intervals",
     "runs": "write down the runs of an experiment",
+    "panels": "draw what the worst and the best setting of masks look at",
     "aggregate": "put the runs of an experiment into tables and figures",
 }
 COMMANDS = {
@@ -65,6 +66,7 @@ FILES = {  # what a flag stands for
     "predictions": "predictions.csv: of the last epoch, one row a test image",
     "predictions_best": "predictions_best.csv: of the best epoch",
     "metrics": "metrics.json: metrics with intervals, by test set",
+    "panels": "panels.png",
     "runs": "runs.json: the runs of an experiment, their keys and settings",
 }
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -180,7 +182,7 @@ def run_stage(args: argparse.Namespace) -> None:
         with all_or_none(targets) as parts:
             stage.run(settings, **inputs, **more, **parts)
             if is_main_rank():
-                io.write_json(next(iter(targets.values())).with_name("config.json"), record)
+                io.write_json(targets[stage.OUTPUTS[0]].with_name("config.json"), record)
         if getattr(stage, "TRAINS", False) and is_main_rank():
             stage.tidy(args.work_dir)  # not before the outputs stand: a kill in between would cost the whole training
 

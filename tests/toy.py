@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from medmask import cli
 from medmask.config.finetuning import AnyFinetuning
 from medmask.config.training import Augment, Image
 from medmask.data.images import ImageReader
@@ -139,3 +140,26 @@ def run_two_ranks(module: str, folder: Path) -> list[dict[str, Any]]:
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Equal to the last bit; NaN where the other is NaN."""
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True) for k in a)
+
+
+def call_stage(folder: Path, stage: str, key: str, config: Any, files: dict[str, Path], **outputs: str) -> Path:
+    """Run a stage as the workflow does; its folder, `results/<stage>/<key>`, as it was given."""
+    done = folder / stage / key
+    named = {**files, **{name: done / file for name, file in outputs.items()}}
+    flags = [text for name, path in named.items() for text in (f"--{name}", str(path))]
+    work = ["--work-dir", str(folder.parent / "work" / key)]
+    assert cli.main([stage, "--config", json.dumps(config), *work, *flags]) == 0
+    return done
+
+
+def train_masked(results: Path, data: dict[str, Path], rules: dict[str, dict[str, Any]]) -> None:
+    """A pretraining `erm`, its saliency maps, and for each rule a finetuning of one epoch on masked images."""
+    trained = {"model": "model.safetensors", "best": "best.safetensors", "history": "history.jsonl"}
+    trained["record"] = "record.json"
+    model = call_stage(results, "pretrain", "erm", SETTINGS, data, **trained) / "model.safetensors"
+    seen = {name: path for name, path in data.items() if name != "labels"} | {"model": model}
+    found = call_stage(results, "mask", "maps", {"method": "xgradcam"}, seen, maps="maps.safetensors", record="r.json")
+    for key, rule in rules.items():
+        cfg = {**SETTINGS, "masks": "x", "mask_rule": rule, "epochs": 1}
+        start = {"init": model, "maps": found / "maps.safetensors"}
+        call_stage(results, "finetune", key, cfg, {**data, **start}, **trained)

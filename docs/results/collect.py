@@ -14,6 +14,10 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
+SPECIAL = {  # figures that only some experiments have
+    "coverage": "errors by coverage",
+    "panels": "what the worst and the best masks leave to look at",
+}
 
 
 def main(config: Path) -> None:
@@ -30,9 +34,20 @@ def main(config: Path) -> None:
         claim = (folder / "claim.md").read_text().replace("# Claim", "### Claim").strip()
         figure = HERE / f"{paper}-{name}.png"
         shutil.copyfile(folder / "figures" / "metric.png", figure)
-        lines += [f"#{table}", "", f"![metric by method]({figure.name})", "", claim, ""]
+        lines += [f"#{table}", "", f"![metric by method]({figure.name})", ""]
+        lines += [line for what in SPECIAL for line in special_figure(folder, f"{paper}-{name}.{what}.png", what)]
+        lines += [claim, ""]
         shutil.copyfile(folder / "summary.csv", HERE / f"{paper}-{name}.csv")
     (HERE / f"{paper}.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def special_figure(folder: Path, name: str, what: str) -> list[str]:
+    """Copy a figure, and the lines that show it; none where the experiment has no such figure."""
+    drawn = folder / "figures" / f"{what}.png"
+    if not drawn.exists():
+        return []
+    shutil.copyfile(drawn, HERE / name)
+    return [f"![{SPECIAL[what]}]({name})", ""]
 
 
 def provenance(experiments: list[str]) -> str:

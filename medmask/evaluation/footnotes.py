@@ -5,6 +5,10 @@ from typing import Any
 
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
+from medmask.evaluation.coverage import coverage_notes
+from medmask.evaluation.statistics import rank_correlation
+
+FEWEST_RANKS = 5  # rows whose order is compared with the published one
 
 
 def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure, draws: int) -> list[str]:
@@ -36,6 +40,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
             "A published number is inside when it lies in the 95 % prediction interval of one more run (spread over "
             "seeds, and the binomial error of the published number of test images, approximate unless accuracy)."
         )
+    notes += rank_notes(cells, measure) + coverage_notes(cells, measure)
     return notes + failure_notes(cells)
 
 
@@ -116,6 +121,38 @@ def selection_notes(runs: Sequence[Run], measure: Measure) -> list[str]:
     ]
     best = f" The best epoch was chosen by {'; '.join(named)}." if named else ""
     return [f"Shown: {shown}.{best} No choice was made on the test set."]
+
+
+def rank_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
+    """For each column of the table: do its rows stand in the published order?"""
+    heads = dict.fromkeys(cell.head for cell in cells)
+    return unique(rank_note([cell for cell in cells if cell.head == head], measure) for head in heads)
+
+
+def rank_note(cells: Sequence[Cell], measure: Measure) -> str:
+    """Spearman's correlation of our means with the published values, and that of each seed; empty for few rows."""
+    known = [(cell, cell.published) for cell in cells if cell.published]
+    pairs = [
+        (cell, cell.main.value, published["value"])
+        for cell, published in known
+        if cell.main and not published.get("not_comparable")
+    ]
+    if len(pairs) < FEWEST_RANKS:
+        return ""
+    ranked, means, values = zip(*pairs, strict=True)
+    where = f" in column {cells[0].head}" if cells[0].head else ""
+    what = f"Order of the rows{where} on test set {measure.test_set}: Spearman's rank correlation"
+    rho = rank_correlation(means, values)
+    if rho is None:
+        return f"{what} is not defined, since all our means or all published values are the same."
+    seeds = [seed for seed in ranked[0].draws if all(seed in cell.draws for cell in ranked)]
+    each = {seed: rank_correlation([cell.value(seed, measure) or 0.0 for cell in ranked], values) for seed in seeds}
+    single = ", ".join(f"seed {seed}: {'undefined' if r is None else f'{r:.3f}'}" for seed, r in each.items())
+    return (
+        f"{what} of our means with the published values is {rho:.3f} over {len(pairs)} of {len(known)} rows that have "
+        f"one{f' ({single})' if len(seeds) > 1 else ''}. The published values stand as they are: what another run of "
+        "theirs would give is not known, so there is no interval."
+    )
 
 
 def failure_notes(cells: Sequence[Cell]) -> list[str]:

@@ -95,3 +95,10 @@ def prediction_interval(mean: float, sd: float, n_seeds: int, n_published: int) 
     image_part = stats.norm.ppf(0.975) * np.sqrt(max(mean * (1 - mean), 0.0) / n_published)
     half = float(np.hypot(seed_part, image_part))
     return mean - half, mean + half
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rho, equal values with their mean rank; None where one side is the same everywhere."""
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return None
+    return float(stats.spearmanr(a, b).statistic)

@@ -171,13 +171,16 @@ class Document:
     notes: list[str]
 
 
-def make_document(title: str, cells: Sequence[Cell], measure: Measure, notes: list[str], *, decimals: int) -> Document:
-    """The table in the paper's shape, and beside it comparisons and costs, cell by cell."""
+def make_document(
+    title: str, cells: Sequence[Cell], measure: Measure, notes: list[str], *, decimals: int, more: Sequence[Grid] = ()
+) -> Document:
+    """The table in the paper's shape, and beside it comparisons, `more` and costs, cell by cell."""
     epoch = "last epoch" if measure.selection == "last" else "best epoch on validation"
     intro = f"{measure.metric} on test set {measure.test_set}, {epoch}: mean ± sd over seeds [95 % interval]"
     grids = [paper_grid(cells, measure, decimals)]
     if any(cell.compared_with or cell.published for cell in cells):
         grids.append(comparison_grid(cells, measure, decimals))
+    grids += more
     if any(cell.finished for cell in cells):
         grids.append(cost_grid(cells))
     return Document(title, intro, grids, notes)

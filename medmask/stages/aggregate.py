@@ -11,6 +11,7 @@ from medmask.config.base import Block, Int
 from medmask.evaluation.cells import Measure, compare_cells, judge_published, make_cells, measure_cells
 from medmask.evaluation.claim import answer_claim, claim_note, claim_page
 from medmask.evaluation.collect import read_runs
+from medmask.evaluation.coverage import coverage_grids
 from medmask.evaluation.footnotes import footnotes
 from medmask.evaluation.render import to_html, to_markdown, to_tex
 from medmask.evaluation.tables import SUMMARY_COLUMNS, TABLE_COLUMNS, make_document, run_rows, summary_rows, table_rows
@@ -31,13 +32,15 @@ OUTPUTS: tuple[str, ...] = (
     "weights_png", "weights_svg", "classes_png", "classes_svg",
     "claim",
 )  # fmt: skip
+OPTIONAL_OUTPUTS: tuple[str, ...] = ("coverage_png", "coverage_svg")
 log = logging.getLogger(__name__)
 
 
 def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
-    """Write all files of OUTPUTS; runs that have not finished are named in them and stop nothing."""
+    """Write all files of OUTPUTS, and of coverages if wanted; runs that have not finished are named in them."""
     from medmask.evaluation import figures
     from medmask.evaluation.class_figure import classes_figure
+    from medmask.evaluation.coverage_figure import coverage_figure
 
     content, found = read_runs(runs)
     settings: dict[str, Any] = content["settings"]
@@ -61,6 +64,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         measure,
         claim_note(answer) + footnotes(settings, cells, measure, cfg.draws),
         decimals=shape["decimals"],
+        more=coverage_grids(cells, measure, shape["decimals"]),
     )
     outputs["table_md"].write_text(to_markdown(document), encoding="utf-8")
     outputs["table_tex"].write_text(to_tex(document), encoding="utf-8")
@@ -74,6 +78,8 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         "weights": figures.weights_figure(cells),
         "classes": classes_figure(cells, measure.selection),
     }
+    if set(OPTIONAL_OUTPUTS) <= outputs.keys():
+        drawn["coverage"] = coverage_figure(cells, measure, settings["reference"])
     for name, figure in drawn.items():
         figures.save(figure, outputs[f"{name}_png"], outputs[f"{name}_svg"])
     outputs["claim"].write_text(claim_page(answer), encoding="utf-8")

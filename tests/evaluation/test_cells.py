@@ -214,6 +214,68 @@ def test_footnote_of_one_seed(cells, experiment):
     assert "One seed (0): intervals and p hold for these networks, not for the methods." in notes
 
 
+@pytest.fixture
+def ranked(experiment):
+    """Ten rows, six of them with a published value: in the order of our means where `up`, or against it."""
+
+    def make(up):
+        made = make_cells(experiment[1], None)
+        measure_cells(made, MEASURE, 100)
+        order = sorted((c for c in made if c.row != "reweight"), key=lambda cell: cell.main.value)
+        for k, cell in enumerate(order):
+            cell.published = {"value": 0.1 * (k if up else -k), "n": 1000, "not_comparable": None, "source": "a page"}
+        return made, order
+
+    return make
+
+
+def rank_sentences(made):
+    settings = {"seeds": [0, 1, 2], "seed_stages": [], "reference": None}
+    return [note for note in footnotes(settings, made, MEASURE, 100) if "rank correlation" in note]
+
+
+@pytest.mark.parametrize(("up", "rho"), [(True, "is 1.000"), (False, "is -1.000")])
+def test_the_order_of_the_rows_is_compared_with_the_published_one(ranked, up, rho):
+    (note,) = rank_sentences(ranked(up)[0])
+    assert f"on test set test: Spearman's rank correlation of our means with the published values {rho}" in note
+    assert "over 6 of 6 rows that have one (seed 0: " in note
+    assert note.count("seed ") == 3
+
+
+def test_ranks_by_hand_of_a_seed_and_of_rows_that_cannot_be_compared(ranked):
+    made, order = ranked(True)
+    order[0].published["value"], order[1].published["value"] = 0.1, 0.0  # two neighbours change places
+    order[5].published["not_comparable"] = "other images"
+    (note,) = rank_sentences(made)
+    assert "is 0.900 over 5 of 6 rows" in note  # 1 - 6 * 2 / (5 * 24)
+    values = {seed: [cell.value(seed, MEASURE) for cell in order[:5]] for seed in (0, 1, 2)}
+    ranks = {seed: [sorted(found).index(v) for v in found] for seed, found in values.items()}
+    by_hand = {s: 1 - sum((a - b) ** 2 for a, b in zip(r, [1, 0, 2, 3, 4], strict=True)) / 20 for s, r in ranks.items()}
+    assert "(" + ", ".join(f"seed {seed}: {rho:.3f}" for seed, rho in by_hand.items()) + ")" in note
+
+
+def test_few_or_equal_ranks(ranked):
+    made, order = ranked(True)
+    for cell in order:
+        cell.published["value"] = 0.5
+    (note,) = rank_sentences(made)
+    assert "not defined" in note
+    order[0].published = order[1].published = None
+    assert rank_sentences(made) == []
+
+
+def test_each_column_has_its_own_ranks(experiment):
+    made = make_cells(experiment[1], "noise")
+    measure_cells(made, MEASURE, 100)
+    for cell in made:
+        cell.published = {"value": cell.main.value, "n": 9, "source": "a page"}
+    assert rank_sentences(made) == []  # ten cells, at most four in a column
+    doubled = [copy.copy(cell) for cell in made] + made
+    assert [note.split(" on test set")[0] for note in rank_sentences(doubled)] == [
+        "Order of the rows in column noise sym20", "Order of the rows in column noise sym40",
+    ]  # fmt: skip
+
+
 def test_last_error(tmp_path):
     log = tmp_path / "x.log"
     assert last_error(log) == "not run yet (no log)"

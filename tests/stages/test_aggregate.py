@@ -42,6 +42,24 @@ def test_all_files_and_nothing_else(done):
     assert sum(int(row["n_finished"] or 0) for row in rows) == 19
 
 
+def test_coverages_have_a_figure_where_it_is_asked_for(tree, done, tmp_path):
+    """The record stays beside the tables, wherever the figure lies."""
+    assert not (done / "coverage.png").exists()
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(tree[0], root)
+    for metrics in (root / "results" / "evaluate").glob("*/metrics.json"):
+        rows = [{"wanted": 0.9, "threshold": 0.6, "coverage": 0.8, "n": 40, "error": 0.25}]
+        metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"selective": {"test": rows}}))
+    asked = [f"--coverage-{kind}={out / 'figures' / f'coverage.{kind}'}" for kind in ("png", "svg")]
+    assert main([*flags(root / "results" / "runs" / "noisy-abc" / "runs.json", out), *asked]) == 0
+    assert {path.name for path in (out / "figures").iterdir()} == {"coverage.png", "coverage.svg"}
+    assert (out / "config.json").exists()
+    text = (out / "table.md").read_text()
+    assert "|  | 90 % wanted |" in text
+    assert "| Baseline, noise none | 0.250 ± 0.000 (80.0 %) |" in text
+    assert "Coverages: a threshold on the confidence" in text
+
+
 def test_twice_the_same_bytes(tree, done, tmp_path):
     assert main(flags(tree[1], tmp_path)) == 0
     for path in done.iterdir():

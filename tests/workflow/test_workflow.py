@@ -254,6 +254,28 @@ def test_a_stage_starts_from_the_checkpoint_that_it_names(workflow, stage, rule)
     assert {(name, path) for name, path in starts} == {(name, f"{wanted[name]}.safetensors") for name, _ in starts}
 
 
+def with_masks(raw):
+    raw["masks"] = {"grad": {"method": "gradcam", "needs": {"gpu": 0, "cpus": 1}}}
+    hidden = {"masks": "grad", "mask_rule": {"kind": "top_k", "strength": 0.1}}
+    raw["finetunings"]["masked"] = {**raw["finetunings"]["plain"], **hidden}
+    raw["experiments"]["tiny"]["runs"]["masked"] = {"pretrain": "base", "finetune": "masked"}
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("change", "jobs"),
+    [
+        (lambda raw: raw, {"aggregate": 1}),
+        (with_masks, {"aggregate": 1, "panels": 1}),
+        (put("evaluations/default/coverages", [0.8, 1.0]), {"aggregate_selective": 1}),
+    ],
+)
+def test_figures_that_only_some_experiments_have(workflow, change, jobs):
+    planned = workflow.jobs(change(tiny()))
+    named = ("aggregate", "aggregate_selective", "panels")
+    assert {name: count for name, count in planned.items() if name in named} == jobs
+
+
 def test_the_bare_profile_name_works():
     """`snakemake --profile slurm` finds the link in the root."""
     assert (ROOT / "slurm").is_symlink()

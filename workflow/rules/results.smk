@@ -40,15 +40,38 @@ rule runs:
         "python -m medmask runs --config {params.config:q} --runs {output:q} 2>&1 | tee -i {log:q}"
 
 
-rule aggregate:
+# What networks look at: this needs their weights, and only experiments with masks have it.
+rule panels:
     input:
         runs=lambda wc: experiment_runs(wc.experiment),
         evaluations=lambda wc: evaluations(wc.experiment),
     output:
-        **dict(aggregate_outputs()),
+        in_report("panels_png", "figures/panels.png"),
+    log:
+        "logs/panels/{experiment}.log",
+    shell:
+        "python -m medmask panels --config '{{}}' --runs {input.runs:q} --panels {output:q} 2>&1 | tee -i {log:q}"
+
+
+rule aggregate:
+    input:
+        runs=lambda wc: experiment_runs(wc.experiment),
+        evaluations=lambda wc: evaluations(wc.experiment),
+        panels=lambda wc: panels(wc.experiment),
+    output:
+        **aggregate_outputs(),
     log:
         "logs/aggregate/{experiment}.log",
+    wildcard_constraints:
+        experiment=by_coverages(False),
     params:
         arguments=lambda wc: aggregate_arguments(wc.experiment, f"results/{wc.experiment}"),
     shell:
         "python -m medmask aggregate {params.arguments} 2>&1 | tee -i {log:q}"
+
+
+use rule aggregate as aggregate_selective with:
+    output:
+        **aggregate_outputs(selective=True),
+    wildcard_constraints:
+        experiment=by_coverages(True),

@@ -11,6 +11,8 @@ REPORTED = {  # output of aggregate: its part of the report, and what it is call
     "noise_png": ("Figures", "4 label noise"),
     "weights_png": ("Figures", "5 weights and trusts"),
     "classes_png": ("Figures", "6 accuracy by class"),
+    "coverage_png": ("Figures", "7 errors by coverage"),
+    "panels_png": ("Figures", "8 worst and best masks"),
 }
 AGGREGATE_OUTPUTS = {"summary": "summary.csv"}
 AGGREGATE_OUTPUTS |= {f"table_{kind}": f"table.{kind}" for kind in ("csv", "md", "tex", "html")}
@@ -21,28 +23,51 @@ AGGREGATE_OUTPUTS |= {
     for kind in ("png", "svg")
 }
 AGGREGATE_OUTPUTS |= {"claim": "claim.md"}
+COVERAGE_OUTPUTS = {f"coverage_{kind}": f"figures/coverage.{kind}" for kind in ("png", "svg")}
 
 
-def aggregate_outputs():
-    """Outputs of the rule, those in the report with caption and category."""
-    for name, path in AGGREGATE_OUTPUTS.items():
-        path = f"results/{{experiment}}/{path}"
-        if name in REPORTED:
-            part, what = REPORTED[name]
-            path = report(
-                path,
-                caption=f"../report/{name}.rst",
-                category="{experiment}",
-                subcategory=part,
-                labels={"what": what},
-            )
-        yield name, path
+def in_report(name, path):
+    """An output of an experiment, with caption and category where it is a part of the report."""
+    path = f"results/{{experiment}}/{path}"
+    if name not in REPORTED:
+        return path
+    part, what = REPORTED[name]
+    caption = f"../report/{name}.rst"
+    return report(path, caption=caption, category="{experiment}", subcategory=part, labels={"what": what})
+
+
+def aggregate_outputs(selective=False):
+    """Outputs of the rule, and those of an experiment with coverages."""
+    found = AGGREGATE_OUTPUTS | (COVERAGE_OUTPUTS if selective else {})
+    return {name: in_report(name, path) for name, path in found.items()}
+
+
+def is_selective(experiment):
+    return any(run.artifacts["evaluate"].settings.get("coverages") for run in PLAN.runs[experiment])
+
+
+def by_coverages(selective):
+    """Regex of the experiments with coverages, or without."""
+    return "|".join(name for name in EXPERIMENTS if is_selective(name) == selective) or "(?!)"
+
+
+def panels(experiment):
+    """The figure of the worst and the best masks, where an experiment has any."""
+    has_masks = any("mask" in run.artifacts for run in PLAN.runs[experiment])
+    return [f"results/{experiment}/figures/panels.png"] if has_masks else []
+
+
+def special_figures(experiment):
+    """Figures that only some experiments have, which tables of an older version lack."""
+    coverage = [f"results/{experiment}/{COVERAGE_OUTPUTS['coverage_png']}"] if is_selective(experiment) else []
+    return panels(experiment) + coverage
 
 
 def aggregate_arguments(experiment, folder):
     """Flags of `medmask aggregate`: one file in, which lists the runs, and the files out."""
     flags = {"runs": experiment_runs(experiment)}
-    flags |= {name: f"{folder}/{path}" for name, path in AGGREGATE_OUTPUTS.items()}
+    outputs = AGGREGATE_OUTPUTS | (COVERAGE_OUTPUTS if is_selective(experiment) else {})
+    flags |= {name: f"{folder}/{path}" for name, path in outputs.items()}
     text = " ".join(f"--{name.replace('_', '-')} {shlex.quote(path)}" for name, path in flags.items())
     return f"--config '{{}}' {text}"
 
