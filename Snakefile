@@ -17,6 +17,7 @@ include: "workflow/rules/tables.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/mask.smk"
+include: "workflow/rules/audit.smk"
 include: "workflow/rules/results.smk"
 
 

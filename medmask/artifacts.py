@@ -7,7 +7,9 @@ from medmask import io
 from medmask.config.base import Block, Needs
 
 # Raised by hand when a default or a meaning of a stage changes, so that its artifacts get new keys.
-VERSIONS = {"data": 1, "split": 1, "noise": 1, "pretrain": 1, "mask": 1, "finetune": 1, "evaluate": 1, "runs": 1}
+VERSIONS = {
+    "data": 1, "split": 1, "noise": 1, "pretrain": 1, "mask": 1, "audit": 1, "finetune": 1, "evaluate": 1, "runs": 1,
+}  # fmt: skip
 # How a thing is run, and names of other blocks, are no part of what is computed.
 NOT_IN_DIGEST = {"mode", "needs", "workers", "data", "after", "masks", "teacher", "metrics"}
 

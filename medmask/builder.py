@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
-from medmask.config.finetuning import Source
+from medmask.config.finetuning import Audit, ConfidentLearning, Source
 from medmask.config.load import Blocks
 from medmask.config.training import Training, Weights
 from medmask.errors import ConfigError, lookup
@@ -49,8 +49,8 @@ class Builder:
         )
         evaluate.settings.pop("metrics", None)
         start = network.inputs.get("init") if network.stage == "finetune" else network
-        maps = network.inputs.get("masks")
-        stages = {**data, "pretrain": start, "mask": maps, "finetune": network, "evaluate": evaluate}
+        found = {"mask": network.inputs.get("masks"), "audit": network.inputs.get("audit")}
+        stages = {**data, "pretrain": start, **found, "finetune": network, "evaluate": evaluate}
         return Run(cell, seed, {s: a for s, a in stages.items() if a is not None and (a.stage == s)})
 
     def data(self, cell: Cell, seed: int) -> dict[str, Artifact]:
@@ -135,12 +135,33 @@ class Builder:
             if init is None:
                 raise ConfigError(f"{where}.masks: there are no starting weights to take them from")
             inputs["masks"] = self.masks(block.masks, cell, seed, init)
+        if isinstance(block, ConfidentLearning):
+            inputs["audit"] = self.audit(block, cell, seed, inputs)
         return self.training("finetune", block, cell, seed, inputs)
 
     def masks(self, name: str, cell: Cell, seed: int, model: Artifact) -> Artifact:
         block = self.blocks.block("mask", name, cell.changes("mask"), cell.where())
         inputs = {**{role: a for role, a in self.data(cell, seed).items() if role != "noise"}, "model": model}
         return self.make("mask", block, name=model.key.rsplit("-", 1)[0], inputs=inputs)
+
+    def audit(self, block: ConfidentLearning, cell: Cell, seed: int, models: dict[str, Artifact]) -> Artifact:
+        """The labels as judged by a training for each fold, alike but for the images that it leaves out."""
+        where = cell.with_blocks(**block.data.model_dump()) if block.data is not None else cell
+        data = self.data(where, seed)
+        own = (self.source(where), data["data"].digest, data["split"].digest)
+        if any(own in model.trained_on for model in models.values()):
+            raise ConfigError(
+                f"finetunings.{cell.finetune}: {cell.where()} starts from a network that has trained on the "
+                "images whose labels it is to judge; start `method: confident` from other weights, or from none"
+            )
+        folds = [self.training("finetune", block.left_out(fold), cell, seed, models) for fold in range(block.folds)]
+        return self.make(
+            "audit",
+            Audit(folds=block.folds, train_on=block.train_on, needs=block.needs),
+            name=f"{data['data'].key.split('_')[0]}_confident",
+            inputs={**data, **{f"fold{number}": network for number, network in enumerate(folds)}},
+            seed=self.seed(cell, "finetune", seed),
+        )
 
     def training(self, stage: str, block: Training, cell: Cell, seed: int, models: dict[str, Artifact]) -> Artifact:
         """A pretraining or finetuning on the run's data or on the block's own."""

@@ -32,6 +32,7 @@ STAGES = {
     "noise": "flip labels at random",
     "pretrain": "train, or load, a first set of weights",
     "mask": "compute where a network looks in each training image",
+    "audit": "find training labels that are probably wrong, by networks that have not trained on them",
     "finetune": "train a classifier, from pretrained weights or from scratch",
     "evaluate": "predict the test sets and compute the metrics with their intervals",
     "runs": "write down the runs of an experiment",
@@ -57,6 +58,8 @@ FILES = {  # what a flag stands for
     "init": "model.safetensors to start from",
     "teacher": "model.safetensors of a teacher (upper_bound)",
     "maps": "maps.safetensors: saliency maps at the size of the layer, and the positions of their images",
+    "networks": "model.safetensors of the training without each fold, in the order of the folds",
+    "audit": "audit.csv: each label judged: its fold, its quality, whether it is probably an error",
     "model": "model.safetensors: weights of the last epoch",
     "best": "best.safetensors: weights of the best epoch on validation",
     "history": "history.jsonl: losses and validation numbers by step",
@@ -136,6 +139,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, stage: ModuleType) -> N
     parser.add_argument("--config", required=True, help="settings: JSON text, or the name of a JSON file")
     for name in stage.INPUTS:
         parser.add_argument(flag(name), type=Path, required=True, help=f"input, {FILES.get(name, name)}")
+    for name in getattr(stage, "LISTS", ()):
+        parser.add_argument(flag(name), type=Path, required=True, nargs="+", help=f"inputs, {FILES.get(name, name)}")
     for name in stage.OPTIONAL:
         parser.add_argument(flag(name), type=Path, help=f"input, if any, {FILES.get(name, name)}")
     for name in stage.OUTPUTS:
@@ -159,10 +164,11 @@ def run_stage(args: argparse.Namespace) -> None:
     """Check settings and inputs, run the stage on temporary outputs, and move them into place when all is done."""
     stage = stage_module(args.command)
     settings = parse_settings(args.config, stage.CONFIG, args.command)
+    lists = {name: getattr(args, name) for name in getattr(stage, "LISTS", ())}
     inputs = {name: getattr(args, name) for name in (*stage.INPUTS, *stage.OPTIONAL)}
-    for name, path in inputs.items():
-        if path is not None and not path.exists():
-            raise ConfigError(f"{flag(name)}: no such file: {path}")
+    for name, paths in (lists | {name: [path] for name, path in inputs.items()}).items():
+        if missing := [path for path in paths if path is not None and not path.exists()]:
+            raise ConfigError(f"{flag(name)}: no such file: {missing[0]}")
     more: dict[str, Any] = {}
     if getattr(stage, "NEEDS_DATA_ROOT", False):
         more["data_root"] = args.data_root
@@ -171,7 +177,8 @@ def run_stage(args: argparse.Namespace) -> None:
         "stage": args.command,
         **io.provenance(),
         "config": TypeAdapter(stage.CONFIG).dump_python(settings, mode="json"),
-        "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
+        "inputs": {name: str(path) for name, path in inputs.items() if path is not None}
+        | {name: list(map(str, paths)) for name, paths in lists.items()},
     }
     with ExitStack() as until_published:
         if getattr(stage, "TRAINS", False):
@@ -180,7 +187,7 @@ def run_stage(args: argparse.Namespace) -> None:
                 return
             more |= {"work_dir": args.work_dir, "checkpoint_min": args.checkpoint_min, **right}
         with all_or_none(targets) as parts:
-            stage.run(settings, **inputs, **more, **parts)
+            stage.run(settings, **inputs, **lists, **more, **parts)
             if is_main_rank():
                 io.write_json(targets[stage.OUTPUTS[0]].with_name("config.json"), record)
         if getattr(stage, "TRAINS", False) and is_main_rank():

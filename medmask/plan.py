@@ -17,7 +17,7 @@ from medmask.runs import Plan, make_plan, refuse_unavailable
 
 FINAL = {  # the file of each stage that is written last
     "data": "dataset.json", "split": "split.json", "noise": "transition.png", "pretrain": "record.json",
-    "mask": "record.json", "finetune": "record.json", "evaluate": "metrics.json",
+    "mask": "record.json", "audit": "record.json", "finetune": "record.json", "evaluate": "metrics.json",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         refuse_unavailable(plan)
     except MedmaskError as error:
-        console.print(f"cannot run yet: {error}", highlight=False)
+        console.print(f"cannot run yet: {error}", highlight=False, markup=False)  # it may name [an extra]
     return 0
 
 

@@ -1,5 +1,6 @@
 """Experiments to runs, runs to artifacts. Imports no torch and no numpy: every job parses the workflow with it."""
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from medmask import io
 from medmask.artifacts import VERSIONS, Artifact
 from medmask.builder import Builder, Run
 from medmask.checks import check_experiment
-from medmask.config.base import PLANNED_METHODS
+from medmask.config.base import CLEANLAB, PLANNED_METHODS
 from medmask.config.load import Blocks
 from medmask.errors import ConfigError
 from medmask.grid import FIELDS, cells
@@ -96,9 +97,11 @@ def collect(artifact: Artifact, found: dict[str, dict[str, Artifact]]) -> None:
 
 
 def refuse_unavailable(plan: Plan) -> None:
-    """ConfigError for methods whose code comes with a later version, before any job starts."""
+    """ConfigError for methods that come with a later version, or need what is not installed, before any job starts."""
     for stage, artifacts in plan.artifacts.items():
         for artifact in artifacts.values():
             method = artifact.settings.get("method")
             if method in PLANNED_METHODS:
                 raise ConfigError(f"{stage} {artifact.key}: {method} is not in this version")
+    if plan.artifacts["audit"] and importlib.util.find_spec("cleanlab") is None:
+        raise ConfigError(f"finetunings: {CLEANLAB}")

@@ -185,6 +185,28 @@ def test_mistake_is_refused_with_the_key(name):
     assert len(text.splitlines()) == 1
 
 
+CONFIDENT = {
+    "one fold": ({"folds": 1}, "folds: need greater than or equal to 2, got 1"),
+    "trusted images alone": ({"train_on": ["meta_set"]}, "train_on: need train, since trusted labels have no errors"),
+    "true labels": ({"train_labels": "true"}, "train_labels: need noisy, since true labels have no errors"),
+    "a fold too many": ({"method": "fold", "folds": 3, "fold": 3}, "fold: need one of 0..2, got 3"),
+    "a fold of nothing": (
+        {"method": "fold", "folds": 3, "fold": 0, "train_on": ["meta_set"]},
+        "train_on: need train, whose images are shared out, got ['meta_set']",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIDENT)
+def test_mistakes_in_confident_learning(name):
+    changes, message = CONFIDENT[name]
+    raw = small()
+    raw["finetunings"]["plain"] |= {"method": "confident", **changes}
+    text = refused(raw)
+    assert message in text, text
+    assert len(text.splitlines()) == 1
+
+
 def test_circle_through_two_rows_names_both():
     raw = small()
     raw["experiments"]["e"]["runs"] = {

@@ -122,7 +122,8 @@ def test_a_network_of_our_own_loads_no_other_libraries():
 
 
 @pytest.mark.parametrize(
-    "stage", ["data", "split", "noise", "runs", "evaluate", "pretrain", "mask", "finetune", "panels", "aggregate"]
+    "stage",
+    ["data", "split", "noise", "runs", "evaluate", "pretrain", "mask", "audit", "finetune", "panels", "aggregate"],
 )
 def test_the_flags_of_a_stage_need_no_plotting_and_no_network(stage):
     code = f"import medmask.cli; medmask.cli.stage_module('{stage}')"

@@ -1,5 +1,6 @@
 """What `medmask plan` says."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def test_a_method_of_a_later_version_is_planned_and_said(plan, capsys):
     Path("my.yaml").write_text(yaml.safe_dump(put(small(), "pretrainings/base/method", "noise_mask")))
     assert cli.main(["plan", "--configfile", "my.yaml"]) == 0
     assert "cannot run yet: " in capsys.readouterr().out
+
+
+def test_a_missing_library_is_said_with_what_to_install(plan, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    raw = put(put(small(), "finetunings/plain/method", "confident"), "experiments/e/runs", {"r": {"finetune": "plain"}})
+    Path("my.yaml").write_text(yaml.safe_dump(raw))
+    assert cli.main(["plan", "--configfile", "my.yaml"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "cannot run yet: finetunings: `method: confident` needs cleanlab: pip install 'medmask[cleanlab]'" in text
 
 
 def test_config_files_are_merged_as_snakemake_merges_them(tmp_path):

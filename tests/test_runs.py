@@ -1,5 +1,6 @@
 """Experiments become runs and keyed artifacts."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_runs_are_the_product_of_axes_and_seeds():
 def test_common_prefixes_are_shared():
     plan = plan_of(small())
     assert {stage: len(found) for stage, found in plan.artifacts.items()} == {
-        "data": 1, "split": 1, "noise": 2, "pretrain": 2, "mask": 0, "finetune": 4, "evaluate": 4,
+        "data": 1, "split": 1, "noise": 2, "pretrain": 2, "mask": 0, "audit": 0, "finetune": 4, "evaluate": 4,
     }  # fmt: skip
 
 
@@ -164,6 +165,67 @@ def test_a_pretraining_may_have_its_own_data():
     plan = plan_of(raw)
     assert {key.split("_")[0] for key in plan.artifacts["pretrain"]} == {"mnist"}
     assert {key.split("_")[0] for key in plan.artifacts["finetune"]} == {"digits"}
+
+
+def confident(**changes):
+    raw = small()
+    block = {**raw["finetunings"]["plain"], "method": "confident", "folds": 3, **changes}
+    raw["finetunings"]["cleaned"] = block
+    raw["experiments"]["e"] |= {"seeds": [0], "runs": {"cleaned": {"finetune": "cleaned"}}}
+    return raw
+
+
+def test_confident_learning_rests_on_a_training_for_each_fold():
+    raw = confident()
+    raw["experiments"]["e"]["runs"] |= {
+        "weighted": {"finetune": "cleaned", "set": {"finetune.errors": "reweight"}},
+        "plain": {"finetune": "plain"},
+    }
+    plan = plan_of(raw)
+    by_row = {run.cell.row: run.artifacts for run in plan.runs["e"]}
+    audit = by_row["cleaned"]["audit"]
+    assert audit is by_row["weighted"]["audit"]
+    assert "audit" not in by_row["plain"]
+    assert {name: len(found) for name, found in plan.artifacts.items()} == {
+        "data": 1, "split": 1, "noise": 1, "pretrain": 0, "mask": 0, "audit": 1, "finetune": 3 + 3, "evaluate": 3,
+    }  # fmt: skip
+    folds = [audit.inputs[f"fold{number}"] for number in range(3)]
+    plain = by_row["plain"]["finetune"]
+    for number, fold in enumerate(folds):
+        own = {"method": "fold", "fold": number, "folds": 3}
+        assert fold.settings == {**plain.settings, **own}
+        assert fold.inputs == plain.inputs
+    assert audit.settings == {"folds": 3, "seed": 0, "needs": {}}
+    assert audit.inputs["noise"] is plain.inputs["noise"]
+    assert by_row["cleaned"]["finetune"].inputs["audit"] is audit
+
+
+def test_as_published_the_folds_are_trained_as_the_whole_is():
+    plan = plan_of(confident(mode="as_published"))
+    (run,) = plan.runs["e"]
+    whole, fold = run.artifacts["finetune"], run.artifacts["audit"].inputs["fold0"]
+    shared = {"order": "fixed", "sync_bn": False, "train_mode": "first_step"}
+    assert all(made.settings[key] == value for made in (whole, fold) for key, value in shared.items())
+
+
+@pytest.mark.parametrize("source", ["pretrain", "after"])
+def test_labels_are_not_judged_by_networks_that_started_from_them(source):
+    raw = confident(after="plain") if source == "after" else confident()
+    if source == "pretrain":
+        raw["experiments"]["e"]["pretrain"] = "base"
+    text = r"finetunings.cleaned: .* starts from a network that has trained on the images whose labels it is to judge"
+    with pytest.raises(ConfigError, match=text):
+        plan_of(raw)
+    raw["pretrainings"]["base"] = {"method": "weights", "source": "torchvision", "backbone": "small_cnn"}
+    raw["finetunings"]["cleaned"].pop("after", None)
+    assert plan_of(raw).artifacts["audit"]
+
+
+def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuse_unavailable(plan_of(small()))
+    with pytest.raises(ConfigError, match=r"finetunings: .*pip install 'medmask\[cleanlab\]'"):
+        refuse_unavailable(plan_of(confident()))
 
 
 def test_as_published_sets_named_keys_only():

@@ -25,6 +25,7 @@ from medmask.train.distributed import DistContext
 from medmask.train.fit import Execution, State, fit
 from medmask.train.loader import Rows, TrainingData
 
+OWN_KEYS = {"fold": {"fold": 0, "folds": 3}}  # keys that a method cannot do without
 SETTINGS: dict[str, Any] = {
     "method": "supervised",
     "backbone": "small_cnn",
@@ -70,7 +71,8 @@ def write_data(
 
 
 def settings(**changes: Any) -> Any:
-    return TypeAdapter(AnyFinetuning).validate_python({**SETTINGS, **changes})
+    own = OWN_KEYS.get(changes.get("method", ""), {})
+    return TypeAdapter(AnyFinetuning).validate_python({**SETTINGS, **own, **changes})
 
 
 def tiny_network(seed: int = 0, n_classes: int = 2, norm: bool = True) -> Classifier:
@@ -94,7 +96,8 @@ def toy_data(
     places = np.split(np.arange(n + n_meta), [n - n_val, n])
     train, val, meta_set = (Rows(rows, labels[rows], true[rows]) for rows in places)
     reader = ImageReader(folder / "images.npy", folder / "index.npy", Image(channels=1), augment, seed)
-    return TrainingData(train, val, reader, meta_set, n_classes=2, teacher=tiny_network(seed=5))
+    weights = np.linspace(0.5, 1.5, n - n_val)
+    return TrainingData(train, val, reader, meta_set, n_classes=2, teacher=tiny_network(seed=5), weights=weights)
 
 
 class StopAfter:

@@ -7,7 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 # Names that a later version adds code for: they parse and plan, and `medmask.runs` refuses to run them.
 PLANNED_METHODS = ("noise_mask", "intelligent_masking")
 READERS = ("digits", "isic2019", "mnist", "busi", "folders", "csv")
-STAGES = ("data", "split", "noise", "pretrain", "mask", "finetune", "evaluate", "runs", "aggregate")
+STAGES = ("data", "split", "noise", "pretrain", "mask", "audit", "finetune", "evaluate", "runs", "aggregate")
+CLEANLAB = "`method: confident` needs cleanlab: pip install 'medmask[cleanlab]'"
 METRICS = (
     "accuracy", "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "auroc_macro",
     "sensitivity_at_90_specificity", "ece", "worst_group_accuracy",

@@ -87,6 +87,61 @@ class EarlyLearning(Finetuning):
     memory: Fraction = Field(0.7, description="share of the old target that a new prediction leaves")
 
 
+class Fold(Finetuning):
+    """Cross-entropy without one fold of the training images: what `confident` makes for each of its folds."""
+
+    PUBLISHED = Supervised.PUBLISHED
+    method: Literal["fold"]
+    fold: Int = Field(ge=0, description="the one that is left out")
+    folds: Int = Field(ge=2, description="nearly equal parts of the training images; groups and classes as in a split")
+
+    @model_validator(mode="after")
+    def fold_fits(self) -> "Fold":
+        if self.fold >= self.folds:
+            raise ValueError(f"fold: need one of 0..{self.folds - 1}, got {self.fold}")
+        if "train" not in self.train_on:
+            raise ValueError(f"train_on: need train, whose images are shared out, got {list(self.train_on)}")
+        return self
+
+
+class ConfidentLearning(Finetuning):
+    """Cross-entropy after probable label errors, found by cross-validation of this very training, are dealt with.
+
+    Source: Northcutt et al., JAIR 2021, arXiv 1911.00068; library cleanlab. Differs: no reweighting of classes.
+    """
+
+    PUBLISHED = Supervised.PUBLISHED
+    method: Literal["confident"]
+    folds: Int = Field(4, ge=2, description="trainings before this one; each judges the labels it has not seen")
+    errors: Literal["remove", "reweight"] = Field(
+        "remove", description="train without the errors found, or weight them by how likely their label is"
+    )
+
+    @model_validator(mode="after")
+    def labels_fit(self) -> "ConfidentLearning":
+        if "train" not in self.train_on:
+            raise ValueError(f"train_on: need train, since trusted labels have no errors, got {list(self.train_on)}")
+        if self.train_labels == "true":
+            raise ValueError("train_labels: need noisy, since true labels have no errors")
+        return self
+
+    def left_out(self, fold: int) -> Fold:
+        """The training that judges the labels of one fold: this one without them."""
+        own = {name: getattr(self, name) for name in Finetuning.model_fields}
+        return Fold(**own, method="fold", fold=fold, folds=self.folds)
+
+
+class Audit(Block):
+    """Search for wrong labels of training images, by networks that have not trained on them."""
+
+    folds: Int = Field(ge=2, description="number of networks")
+    train_on: tuple[Literal["train", "meta_set"], ...] = Field(
+        ("train",), description="what they were trained on; trusted images are not judged where it is the meta set too"
+    )
+    seed: Int = Field(0, ge=0, description="that of the trainings")
+    needs: Needs = Field(Needs(), description="what the job asks for; no part of any key")
+
+
 class Meta(Block):
     """The trusted batch of a step."""
 
@@ -201,6 +256,14 @@ class SaliencyMaps(Block):
 
 
 AnyFinetuning = Annotated[
-    SupervisedFinetuning | Reweight | Refurbish | Proposal | UpperBound | GeneralisedCrossEntropy | EarlyLearning,
+    SupervisedFinetuning
+    | Reweight
+    | Refurbish
+    | Proposal
+    | UpperBound
+    | GeneralisedCrossEntropy
+    | EarlyLearning
+    | Fold
+    | ConfidentLearning,
     Field(discriminator="method"),
 ]

@@ -179,7 +179,7 @@ def read_frame(path: Path, needed: Iterable[str]) -> pd.DataFrame:
     missing = [name for name in needed if name not in frame]
     if missing:
         raise DataError(f"{path}: missing column {', '.join(missing)}")
-    whole = ("label", "position", "true_label", "noisy_label", "is_flipped", "has_cue", "in_meta_set")
+    whole = ("label", "position", "true_label", "noisy_label", "is_flipped", "is_error", "has_cue", "in_meta_set")
     try:
         return frame.astype({name: "int64" for name in whole if name in frame})
     except ValueError as error:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from medmask import io
 from medmask.config.data import Dataset, Noise, Split
 from medmask.config.experiments import Evaluation
-from medmask.config.finetuning import AnyFinetuning, SaliencyMaps
+from medmask.config.finetuning import AnyFinetuning, Audit, SaliencyMaps
 from medmask.config.training import Pretraining
 from medmask.errors import DataError
 from medmask.evaluation.metrics import Sample
@@ -23,7 +23,7 @@ from medmask.evaluation.metrics import Sample
 FIELDS = ("dataset", "split", "noise", "pretrain", "finetune", "evaluate")
 MODELS: dict[str, Any] = {
     "data": Dataset, "split": Split, "noise": Noise,
-    "pretrain": Pretraining, "mask": SaliencyMaps, "finetune": AnyFinetuning, "evaluate": Evaluation,
+    "pretrain": Pretraining, "mask": SaliencyMaps, "audit": Audit, "finetune": AnyFinetuning, "evaluate": Evaluation,
 }  # fmt: skip
 # The file that stands when a stage is done: the last of its outputs.
 DONE = {
@@ -32,6 +32,7 @@ DONE = {
     "noise": "transition.json",
     "pretrain": "record.json",
     "mask": "record.json",
+    "audit": "record.json",
     "finetune": "record.json",
     "evaluate": "metrics.json",
 }
@@ -89,6 +90,14 @@ class Run:
             return io.read_json(path) if path else {}
         except (OSError, DataError):
             return {}
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the run's trainings in the order of their making, those that an audit rests on included."""
+        networks = self.read("audit", "config.json").get("inputs", {}).get("networks", [])
+        files = [self.results / "finetune" / Path(network).parent.name / "record.json" for network in networks]
+        folds = [io.read_json(file) for file in files if file.exists()]
+        found = [self.read("pretrain", "record.json"), *folds, self.read("finetune", "record.json")]
+        return [record for record in found if record]
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:

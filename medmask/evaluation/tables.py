@@ -63,8 +63,8 @@ def run_rows(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def cost(run: Run) -> dict[str, Any]:
-    """What a run took, from its starting weights on: sums over its trainings, and the network's parameters."""
-    records = [record for stage in ("pretrain", "finetune") if (record := run.read(stage, "record.json"))]
+    """What a run took: sums over its trainings, those that judged labels for it included; the network's parameters."""
+    records = run.records()
     return {
         "epochs": sum(record.get("epochs") or 0 for record in records),
         "images_seen": sum(record.get("images_seen") or 0 for record in records),

@@ -5,6 +5,7 @@ from typing import Any
 
 from medmask.errors import lookup
 from medmask.methods.base import Method
+from medmask.methods.confident import Confident
 from medmask.methods.elr import ELR
 from medmask.methods.gce import GCE
 from medmask.methods.meta_learning import MetaLearning
@@ -19,6 +20,8 @@ METHODS: dict[str, Callable[[Classifier, Any], Method]] = {
     "upper_bound": MetaLearning,
     "gce": GCE,
     "elr": ELR,
+    "fold": Supervised,
+    "confident": Confident,
 }
 
 

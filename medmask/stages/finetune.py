@@ -8,7 +8,7 @@ from medmask.train.signals import StopFlag
 
 CONFIG = AnyFinetuning
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
-OPTIONAL: tuple[str, ...] = ("init", "teacher", "maps")
+OPTIONAL: tuple[str, ...] = ("init", "teacher", "maps", "audit")
 OUTPUTS: tuple[str, ...] = ("model", "best", "history", "record")
 OPTIONAL_OUTPUTS: tuple[str, ...] = ("weights", "soft_labels")
 TRAINS = True

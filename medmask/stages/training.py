@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from medmask import io
 from medmask.config.training import Image, Training, Weights
 from medmask.data.images import ImageReader
-from medmask.data.pack import Pack
-from medmask.data.tables import read_facts, read_frame, read_split, refuse
-from medmask.errors import ConfigError, DataError
+from medmask.data.tables import read_facts
+from medmask.errors import ConfigError
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
 from medmask.models.freeze import freeze_stages
@@ -34,6 +33,7 @@ from medmask.models.weights import (
 )
 from medmask.saliency.masks import Masks
 from medmask.stages.learnt import flip_notes, write_soft_labels, write_weights
+from medmask.stages.sides import apply_audit, read_sides
 from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
@@ -62,6 +62,7 @@ class Files:
     weights: Path | None = None
     soft_labels: Path | None = None
     maps: Path | None = None
+    audit: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,17 @@ def train(
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cfg.needs.cpus)
     classes = read_facts(files.summary, classes=list)["classes"]
-    sides, digests = read_sides(cfg, files, len(classes))
+    sides, digests = read_sides(cfg, files)
+    sides["train"], weights, found = apply_audit(cfg, files.audit, sides, classes)
     start = start_network(cfg, files.init, classes)
     with distributed(cfg.needs.gpu > 0) as ctx:
         check_ranks(cfg, ctx.world)
         masks = read_masks(cfg, files.maps, sides["train"])
         reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed, masks)
         teacher = read_teacher(files.teacher, start.spec)
-        data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher)
+        data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher, weights)
         inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
-        inputs |= {role: path for role in ("teacher", "maps") if (path := getattr(files, role))}
+        inputs |= {role: path for role in ("teacher", "maps", "audit") if (path := getattr(files, role))}
         checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs), check)
         method = build_method(cfg.method, start.network, cfg)
         state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
@@ -102,7 +104,8 @@ def train(
             if files.soft_labels is not None:
                 table = method.memory().get("targets")
                 write_soft_labels(files.soft_labels, files.split, data.train, table, classes)
-            start.notes.extend(method.notes() + flip_notes(method, data.train) + (masks.notes() if masks else []))
+            found += method.notes() + flip_notes(method, data.train) + (masks.notes() if masks else [])
+            start.notes.extend(found)
             io.write_json(files.record, make_record(cfg, start, state, sides, ctx))
             check()
         ctx.barrier()
@@ -120,50 +123,6 @@ def tidy(work_dir: Path) -> None:
     """Remove the checkpoints, and the tables that `weights.csv` holds, once the outputs stand."""
     Checkpointer(work_dir, "").clear()
     shutil.rmtree(work_dir / FOLDER, ignore_errors=True)
-
-
-def read_sides(cfg: Training, files: Files, n_classes: int) -> tuple[dict[str, Rows], np.ndarray]:
-    """Training, validation and trusted rows with the labels that the settings name, and the digests of their pixels.
-
-    Trusted images have their true labels, and are training images too where `train_on` says so. Digests: (n,) int64.
-    """
-    split, _ = read_split(files.split, files.summary, ("position", "sha256"), len(Pack.open(files.images, files.index)))
-    labels = read_frame(files.labels, ("image_id", "true_label", "noisy_label"))
-    images = labels["image_id"]
-    problems = [f"image {name} stands twice" for name in images[images.duplicated()]]
-    problems += [f"image {name} is not in {files.split}" for name in images[~images.isin(split["image_id"])]]
-    problems += [f"no label for image {name}" for name in split["image_id"][~split["image_id"].isin(images)]]
-    refuse(files.labels, problems)
-    table = split.merge(labels, on="image_id", validate="one_to_one")  # in the order of `split`
-    bad = ~(table["noisy_label"].between(0, n_classes - 1) & table["true_label"].between(0, n_classes - 1))
-    refuse(files.labels, [f"image {name}: label outside 0..{n_classes - 1}" for name in table["image_id"][bad]])
-    other = table["image_id"][table["true_label"] != table["label"]]
-    refuse(files.labels, [f"image {name}: true_label is not the label in {files.split}" for name in other])
-    found = {side: table[table["side"] == side] for side in ("train", "val", "meta_set")}
-    if "in_meta_set" in table:  # trusted, and on another side too
-        found["meta_set"] = table[(table["side"] == "meta_set") | (table["in_meta_set"] == 1)]
-    labels_of = {"train": cfg.train_labels, "val": cfg.validation_labels, "meta_set": "true"}
-    sides = {
-        side: Rows(*(rows[name].to_numpy() for name in ("position", f"{labels_of[side]}_label", "true_label")))
-        for side, rows in found.items()
-    }
-    if missing := [side for side in cfg.train_on if not len(sides[side])]:
-        raise DataError(f"{files.split}: no images on the side {' or '.join(missing)}")
-    if {"train", "meta_set"} <= set(cfg.train_on):  # an image that is on both counts once, with its true label
-        sides["train"] = without(sides["train"], sides["meta_set"].positions)
-    sides["train"] = joined([sides[side] for side in cfg.train_on])
-    used = {*cfg.train_on, "val", *(["meta_set"] if hasattr(cfg, "meta") else [])}
-    digests = [int(text[:16], 16) for side in found if side in used for text in found[side]["sha256"]]
-    return sides, np.array(digests, dtype=np.uint64).view(np.int64)
-
-
-def without(rows: Rows, positions: np.ndarray) -> Rows:
-    kept = ~np.isin(rows.positions, positions)
-    return Rows(*(getattr(rows, item.name)[kept] for item in fields(Rows)))
-
-
-def joined(parts: list[Rows]) -> Rows:
-    return Rows(*(np.concatenate([getattr(rows, item.name) for rows in parts]) for item in fields(Rows)))
 
 
 def read_teacher(path: Path | None, spec: ModelSpec) -> Classifier | None:

@@ -37,6 +37,7 @@ class TrainingData:
     """What a training reads: its own side, the side that chooses the best epoch, and the reader of all images.
 
     meta_set : the trusted images, with true labels. teacher : a network that classifies the training images.
+    weights : (n,) float64, what each training image weighs in the loss, of mean 1; None where a method asks for none.
     """
 
     train: Rows
@@ -45,6 +46,7 @@ class TrainingData:
     meta_set: Rows = field(default_factory=no_rows)
     n_classes: int = 0
     teacher: nn.Module | None = None
+    weights: np.ndarray | None = None
 
 
 class Plan:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medmask.errors import DataError
-from medmask.stages.training import Files, read_sides
+from medmask.stages.sides import read_sides
+from medmask.stages.training import Files
 from tests.toy import settings, write_data
 
 
@@ -27,10 +28,10 @@ def test_files_that_do_not_belong_together(tmp_path, name, old, new, message):
     data["summary"].write_text(json.dumps({"classes": ["c0", "c1"], "sides": counts}))
     outputs = {name: tmp_path / name for name in ("model", "best", "history", "record")}
     files = Files(**data, init=None, teacher=None, **outputs)
-    assert [len(rows) for rows in read_sides(settings(), files, 2)[0].values()] == [9, 3, 0]
+    assert [len(rows) for rows in read_sides(settings(), files)[0].values()] == [9, 3, 0]
     text = data[name].read_text()
     assert old in text
     Path(data[name]).write_text(text.replace(old, new))
     with pytest.raises(DataError) as caught:
-        read_sides(settings(), files, 2)
+        read_sides(settings(), files)
     assert message.format(**data) in str(caught.value)

@@ -15,6 +15,7 @@ from medmask.errors import CheckpointError, ConfigError, DataError, Stopped
 from medmask.models.backbones import build_backbone
 from medmask.models.weights import load_classifier, read_model
 from medmask.stages import finetune, pretrain, training
+from medmask.stages.sides import read_sides
 from medmask.train import lease, signals
 from medmask.train.checkpoint import Checkpointer
 from medmask.train.signals import StopFlag
@@ -76,8 +77,8 @@ def test_the_model_file_says_what_it_is_and_what_it_has_seen(trained, data):
 def test_labels_are_those_that_the_settings_name(data):
     files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
     table = np.array([line.split(",")[1:3] for line in data["labels"].read_text().splitlines()[1:]]).astype(int)
-    noisy, _ = training.read_sides(settings(), files, 2)
-    true, _ = training.read_sides(settings(train_labels="true", validation_labels="true"), files, 2)
+    noisy, _ = read_sides(settings(), files)
+    true, _ = read_sides(settings(train_labels="true", validation_labels="true"), files)
     assert noisy["train"].labels.tolist() == table[:34, 1].tolist() != table[:34, 0].tolist()
     assert noisy["val"].labels.tolist() == table[34:, 1].tolist()
     assert noisy["train"].true_labels.tolist() == true["train"].labels.tolist() == table[:34, 0].tolist()
@@ -90,7 +91,7 @@ def test_rows_keep_the_order_of_the_split_file_and_find_their_labels_by_id(tmp_p
     header, *rows = files["split"].read_text().splitlines()
     files["split"].write_text("\n".join([header, *rows[::-1]]) + "\n")
     files = training.Files(**files, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
-    sides, _ = training.read_sides(settings(train_labels="true"), files, 2)
+    sides, _ = read_sides(settings(train_labels="true"), files)
     assert sides["train"].positions.tolist() == list(range(33, -1, -1))
     assert sides["train"].labels.tolist() == [i % 2 for i in range(33, -1, -1)]
 
@@ -311,7 +312,7 @@ def test_sides_to_train_on(tmp_path):
         **{name: Path(file) for name, file in OUTPUTS.items()},
     )
     (alone, few), (pooled, all_) = (
-        training.read_sides(settings(train_on=sides), files, 2) for sides in (["meta_set"], ["train", "meta_set"])
+        read_sides(settings(train_on=sides), files) for sides in (["meta_set"], ["train", "meta_set"])
     )
     assert alone["train"].positions.tolist() == list(range(48, 54))
     assert pooled["train"].positions.tolist() == [*range(34), *range(48, 54)]
@@ -326,11 +327,11 @@ def test_trusted_images_that_are_training_images_too(tmp_path):
     rows = [f"{row},{int(row.startswith(('i0,', 'i4,', 'i47,')))}" for row in rows]
     data["split"].write_text("\n".join([f"{header},in_meta_set", *rows]) + "\n")
     files = training.Files(**data, init=None, teacher=None, **{name: Path(file) for name, file in OUTPUTS.items()})
-    sides, _ = training.read_sides(settings(), files, 2)
+    sides, _ = read_sides(settings(), files)
     assert sides["meta_set"].positions.tolist() == [0, 4, 47, 48, 49]
     assert (sides["meta_set"].labels == sides["meta_set"].true_labels).all()
     assert (len(sides["train"]), sides["train"].labels[0] == sides["train"].true_labels[0]) == (34, False)
-    pooled, _ = training.read_sides(settings(train_on=["train", "meta_set"]), files, 2)
+    pooled, _ = read_sides(settings(train_on=["train", "meta_set"]), files)
     assert sorted(pooled["train"].positions) == [*range(34), 47, 48, 49]
     assert (pooled["train"].labels != pooled["train"].true_labels).sum() == 5
 

@@ -24,6 +24,7 @@ TRAININGS = {
     "reweight, sigmoid": {"method": "reweight", "weights": "sigmoid", "rescale": "none"},
     "refurbish, hard": {"method": "refurbish", "targets": "hard", "reduction": "sum", "lr": 0.005},
     "proposal, soft": {"method": "proposal", "targets": "soft", "rescale": "lr", "augment": {"flip": 0.5}},
+    "confident, reweight": {"method": "confident", "errors": "reweight"},
     STOPPED: {"method": "refurbish"},
     **{f"published {name}": {"method": name, **PUBLISHED} for name in ("reweight", "proposal")},
     "parts": {"accumulate": 2},

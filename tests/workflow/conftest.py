@@ -17,7 +17,8 @@ class Workflow:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environ = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("offline"))}
+        paths = [str(Path(__file__).with_name("offline")), os.environ.get("PYTHONPATH", "")]
+        self.environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def __call__(self, *arguments, config=None, configfile=TINY, timeout=240) -> subprocess.CompletedProcess:
         if config is not None:

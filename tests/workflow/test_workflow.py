@@ -276,6 +276,24 @@ def test_figures_that_only_some_experiments_have(workflow, change, jobs):
     assert {name: count for name, count in planned.items() if name in named} == jobs
 
 
+@pytest.mark.slow
+def test_label_errors_are_found_once_and_then_removed_or_reweighted(workflow):
+    pytest.importorskip("cleanlab", reason="pip install 'medmask[cleanlab]'")
+    raw = tiny()
+    raw["splits"]["holdout"]["sizes"] = {"train": 0.3, "val": 0.1, "test": 0.2}
+    raw["finetunings"]["plain"] |= {"method": "confident", "folds": 2}
+    choices = {"finetune": "plain", "set": {"finetune.errors": ["remove", "reweight"]}}
+    raw["experiments"]["tiny"] |= {"runs": {"cleaned": choices}, "reference": "cleaned"}
+    jobs = {"data": 1, "split": 1, "noise": 1, "audit": 1, "finetune": 2 + 2, "evaluate": 2, "runs": 1, "aggregate": 1}
+    assert workflow.jobs(raw) == jobs
+    done = workflow(config=raw)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert workflow.jobs(raw) == {}
+    table = (workflow.folder / "results" / "tiny" / "table.md").read_text()
+    assert "labels are probably wrong" in table
+    assert "| cleaned (errors remove) | 3 |" in table  # epochs: its own, and those of two folds
+
+
 def test_the_bare_profile_name_works():
     """`snakemake --profile slurm` finds the link in the root."""
     assert (ROOT / "slurm").is_symlink()

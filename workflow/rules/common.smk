@@ -82,6 +82,8 @@ def training_inputs(stage):
             named["labels"] = f"{inputs['noise'].folder}/labels.csv"
         if "masks" in inputs:
             named["maps"] = f"{inputs['masks'].folder}/maps.safetensors"
+        if "audit" in inputs:
+            named["audit"] = f"{inputs['audit'].folder}/audit.csv"
         return named | {role: weights_of(made, role) for role in ("init", "teacher") if role in inputs}
 
     return files
