@@ -11,6 +11,7 @@ from medmask.models.backbones import Classifier, build_backbone
 from medmask.saliency.maps import Explainer
 
 CASES = {"small_cnn": (28, 256, "backbone.12"), "resnet18": (224, 16, "backbone.layer4.1.relu")}
+ROUNDS = {"small_cnn": 10, "resnet18": 1}  # batches that are timed together: one small one takes as long as its memory
 
 
 class Bench:
@@ -28,12 +29,16 @@ class Bench:
         self.explain = Explainer(self.last, self.last.get_submodule(layer), "xgradcam")
         self.theirs = "backbone.12" if name == "small_cnn" else "backbone.layer4"
 
+        self.rounds = range(ROUNDS[name])
+
     def forward(self) -> None:
         with torch.no_grad():
-            self.last(self.last_images)
+            for _ in self.rounds:
+                self.last(self.last_images)
 
     def ours(self) -> None:
-        self.explain(self.last_images, self.targets)
+        for _ in self.rounds:
+            self.explain(self.last_images, self.targets)
 
     def one_by_one(self) -> None:
         for image, target in zip(self.last_images[:16], self.targets[:16], strict=True):
@@ -47,7 +52,8 @@ class Bench:
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
         with XGradCAM(model=self.network, target_layers=[self.network.get_submodule(self.theirs)]) as cam:
-            cam(input_tensor=self.images, targets=[ClassifierOutputTarget(int(k)) for k in self.targets])
+            for _ in self.rounds:
+                cam(input_tensor=self.images, targets=[ClassifierOutputTarget(int(k)) for k in self.targets])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,9 +61,10 @@ def test_a_map_costs_little_above_a_forward_pass(compare, name):
     bench = Bench(name)
     side, n, _ = CASES[name]
     case = f"XGradCAM maps ({name}, {side}x{side}, batch {n})"
-    assert compare(f"{case} against a forward pass without gradients", bench.ours, bench.forward, "a batch") <= 1.15
+    unit = f"{len(bench.rounds)} batches" if len(bench.rounds) > 1 else "a batch"
+    assert compare(f"{case} against a forward pass without gradients", bench.ours, bench.forward, unit) <= 1.15
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
-    assert compare(f"{case} against pytorch-grad-cam", bench.ours, bench.library, "a batch") < 0.9
+    assert compare(f"{case} against pytorch-grad-cam", bench.ours, bench.library, unit) < 0.9
 
 
 def test_batches_against_single_images(compare):
