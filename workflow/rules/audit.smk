@@ -1,10 +1,4 @@
 # Labels that are probably wrong, once for all that is then done about them. The networks are finetunings of their own.
-def fold_networks(wc):
-    """Input function: the trainings that left out one fold each, in the order of the folds."""
-    made = artifact("audit", wc.key)
-    return [f"{made.inputs[f'fold{fold}'].folder}/model.safetensors" for fold in range(made.settings["folds"])]
-
-
 rule audit:
     input:
         images=upstream("audit", "data", "images.npy"),

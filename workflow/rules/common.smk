@@ -95,5 +95,11 @@ def before_masks(wc):
     return f"{inputs['init'].folder}/model.safetensors" if "init" in inputs else []
 
 
+def fold_networks(wc):
+    """Input function: the trainings that left out one fold each, in the order of the folds."""
+    made = artifact("audit", wc.key)
+    return [f"{made.inputs[f'fold{fold}'].folder}/model.safetensors" for fold in range(made.settings["folds"])]
+
+
 def training_flags(wc, input):
     return " ".join(f"--{role} {shlex.quote(str(path))}" for role, path in input.items())
