@@ -148,8 +148,8 @@ class Builder:
         """The labels as judged by a training for each fold, alike but for the images that it leaves out."""
         where = cell.with_blocks(**block.data.model_dump()) if block.data is not None else cell
         data = self.data(where, seed)
-        own = (self.source(where), data["data"].digest, data["split"].digest)
-        if any(own in model.trained_on for model in models.values()):
+        seen = {source for model in models.values() for source, *_ in model.trained_on}
+        if self.source(where) in seen:  # by whatever split
             raise ConfigError(
                 f"finetunings.{cell.finetune}: {cell.where()} starts from a network that has trained on the "
                 "images whose labels it is to judge; start `method: confident` from other weights, or from none"

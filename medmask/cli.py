@@ -98,15 +98,10 @@ def main(argv: Sequence[str]) -> int:
     work_dir = getattr(args, "work_dir", None)
     try:
         if args.command in COMMANDS:
-            code = importlib.import_module(f"medmask.{args.command}").main(args)
-            sys.stdout.flush()
-            return code
+            return run_command(args)
         if work_dir is not None:
             (work_dir / "refused").unlink(missing_ok=True)
         run_stage(args)
-    except BrokenPipeError:  # `plan | head`: whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Stopped as stop:
         if is_main_rank():
             print(f"medmask {args.command}: {stop}", file=sys.stderr)
@@ -119,6 +114,17 @@ def main(argv: Sequence[str]) -> int:
                 part.write_text(f"{error}\n", encoding="utf-8")
         return 2
     return 0
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Call `main` of the module that is named like the command."""
+    try:
+        code: int = importlib.import_module(f"medmask.{args.command}").main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `doctor | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 def is_main_rank() -> bool:

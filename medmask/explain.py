@@ -18,7 +18,9 @@ SIDES = ("train", "val", "test", "meta_set")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a training, such as results/finetune/KEY")
-    parser.add_argument("--against", type=Path, help="folder of another one; without it, what the run started from")
+    parser.add_argument(
+        "--against", type=Path, help="folder of another one; without it, the one its masks are of, or it started from"
+    )
     parser.add_argument("--out", type=Path, help="PNG file (explain.png in the folder of the run)")
     parser.add_argument("-n", type=count, help="images, or all (6; masks: all), in turn by class, with and without cue")
     parser.add_argument("--masks", type=Path, metavar="FOLDER", help="write masks and masked images there instead")
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from medmask.saliency.panels import draw_panels
 
     trained = looks.read_training(args.run)
-    other = args.against / "model.safetensors" if args.against else trained.files.get("init")
+    other = args.against / "model.safetensors" if args.against else trained.before
     if other is None:
         raise ConfigError(f"--against: {args.run} started from no weights; name the run to compare it with")
     looks.refuse_missing(other)
@@ -57,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     rows = looks.choose_rows(trained.rows((args.side,)), args.n or SHOWN, args.seed)
     explained = SaliencyMaps(method=args.method, layer=args.layer)
     with_masks = trained.is_masked and args.side == "train"
-    figure = draw_panels(*looks.compare(trained, other, rows, explained, with_masks=with_masks))
+    figure = draw_panels(*looks.compare(trained, other, trained.model, rows, explained, with_masks=with_masks))
     out = args.out or args.run / "explain.png"
     with io.atomic_path(out) as part:
         figure.savefig(part, dpi=150)
@@ -67,7 +69,11 @@ def main(args: argparse.Namespace) -> int:
 
 def write_mask_files(args: argparse.Namespace) -> int:
     """Write the masks of the images that a finetuning was trained on."""
-    for name, default in (("against", None), ("out", None), ("side", "train")):
+    for name, default in (
+        *(("against", None), ("out", None), ("side", "train")),
+        ("method", "xgradcam"),
+        ("layer", "last_relu"),
+    ):
         if getattr(args, name) != default:
             raise ConfigError(f"--{name}: not together with --masks, which writes those of the training images")
     from medmask.saliency import looks

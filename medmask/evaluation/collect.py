@@ -86,16 +86,13 @@ class Run:
     def read(self, stage: str, name: str) -> Any:
         """A JSON file of the run; an empty dict where it is not there, or broken."""
         path = self.path(stage, name)
-        try:
-            return io.read_json(path) if path else {}
-        except (OSError, DataError):
-            return {}
+        return read_or_nothing(path) if path else {}
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the run's trainings in the order of their making, those that an audit rests on included."""
         networks = self.read("audit", "config.json").get("inputs", {}).get("networks", [])
         files = [self.results / "finetune" / Path(network).parent.name / "record.json" for network in networks]
-        folds = [io.read_json(file) for file in files if file.exists()]
+        folds = map(read_or_nothing, files)
         found = [self.read("pretrain", "record.json"), *folds, self.read("finetune", "record.json")]
         return [record for record in found if record]
 
@@ -128,6 +125,13 @@ class Run:
         path = self.path("evaluate", PREDICTIONS[selection])
         assert path is not None
         return test_sample(read_predictions(path).sort_values("image_id", kind="stable"), test_set)
+
+
+def read_or_nothing(path: Path) -> Any:
+    try:
+        return io.read_json(path)
+    except (OSError, DataError):
+        return {}
 
 
 def resolve(stage: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def coverage_figure(cells: Sequence[Cell], measure: Measure, reference: str | No
         for axes, name in zip(axes_of_head, sets, strict=True):
             for cell in (cell for cell in cells if cell.head == head and cell.line in lines):
                 found = [each for each in find_answers(cell, name) if each.points]
+                if not found:
+                    continue
                 seeds = [point for each in found for point in each.points]
                 axes.plot(*zip(*seeds, strict=True), "o", color=lines[cell.line]["color"], ms=3, mew=0, alpha=0.4)
                 means = [each.mean for each in found]
@@ -55,7 +57,8 @@ def coverage_figure(cells: Sequence[Cell], measure: Measure, reference: str | No
 def choose_lines(cells: Sequence[Cell], test_set: str, reference: str | None) -> tuple[dict[str, dict[str, Any]], int]:
     """Lines of the table to draw, in its order, with their style, and how many there are.
 
-    Of many: those of the reference row, then those with the smallest mean error over seeds and coverages.
+    Of many: those of the reference row, then those with the smallest mean error over seeds and coverages; rows that
+    answer nothing somewhere come last.
     """
     errors: dict[str, list[float]] = {}
     for cell in cells:
@@ -63,7 +66,8 @@ def choose_lines(cells: Sequence[Cell], test_set: str, reference: str | None) ->
         if points:
             errors.setdefault(cell.line, []).extend(points)
     own = {cell.line for cell in cells if cell.row == reference}
-    chosen = sorted(errors, key=lambda line: (line not in own, float(np.mean(errors[line]))))[:MOST_LINES]
+    by_rank = sorted(errors, key=lambda line: (line not in own, -len(errors[line]), float(np.mean(errors[line]))))
+    chosen = by_rank[:MOST_LINES]
     ordered = [line for line in errors if line in chosen]
     styles: list[dict[str, Any]] = [
         {"color": COLOURS[k % len(COLOURS)]} | ({"linestyle": "--", "mfc": "white"} if k >= len(COLOURS) else {})

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
+from medmask.evaluation.metrics import auroc
 from medmask.evaluation.tables import constant_lines
 
 # Okabe and Ito (2008): told apart under all common forms of colour blindness; yellow left out, too pale for lines.
@@ -49,52 +50,79 @@ def wrapped(text: str, width: int) -> str:
 
 @mpl.rc_context(STYLE)
 def metric_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
-    """The metric by line: mean with interval, seeds as dots, published numbers, and the constant predictor."""
+    """The metric by line: mean with interval, seeds as dots, published numbers that are comparable, constant predictor.
+
+    The axis spans the results: a constant predictor that lies elsewhere is named in the legend.
+    """
     if not any(cell.main for cell in cells):
         return message("No run has finished yet")
-    lines = list(dict.fromkeys(cell.line for cell in cells))
-    columns = list(dict.fromkeys(cell.column for cell in cells))
-    figure = Figure(figsize=(8, 1.4 + len(lines) * max(0.45, 0.28 * len(columns))), layout="constrained")
+    heads = list(dict.fromkeys(cell.head for cell in cells))
+    places = places_of(cells)
+    figure = Figure(figsize=(8, 1.4 + 0.28 * max(max(own) for own in places.values())), layout="constrained")
     axes = figure.subplots()
-    step = 0.8 / len(columns)
-    for cell in cells:
-        k = columns.index(cell.column)
-        y = lines.index(cell.line) + (k - (len(columns) - 1) / 2) * step
-        draw_cell(axes, cell, measure, y, COLOURS[k % len(COLOURS)], step)
-    axes.set_yticks(range(len(lines)), [wrapped(line, 32) for line in lines])
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    for line, own in places.items():
+        for y, cell in zip(own, (cell for cell in cells if cell.line == line), strict=True):
+            draw_cell(axes, cell, measure, y, COLOURS[heads.index(cell.head) % len(COLOURS)])
+    low, high = axes.get_xlim()
+    constants = []
+    for line, own in places.items():
+        for y, cell in zip(own, (cell for cell in cells if cell.line == line), strict=True):
+            for name, by_column in constant_lines([cell], measure):
+                if name.startswith("Constant"):
+                    constants.append(by_column[cell.column])
+                    axes.vlines(constants[-1], y - 0.5, y + 0.5, colors="#666666", linestyles="--", lw=1.2)
+    is_near = [low - (high - low) / 2 < value < high + (high - low) / 2 for value in constants]
+    if not all(is_near):
+        axes.set_xlim(low, high)
+    axes.set_yticks([float(np.mean(own)) for own in places.values()], [wrapped(line, 32) for line in places])
+    axes.set_ylim(max(max(own) for own in places.values()) + 0.8, -0.8)
     axes.set_xlabel(f"{measure.metric} on {measure.test_set}, {measure.selection} epoch")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.legend(handles=metric_legend(cells), loc="outside right upper")
+    far = [] if all(is_near) else sorted({f"{value:.3f}" for value in constants})
+    figure.legend(handles=metric_legend(cells, far), loc="outside right upper")
     return figure
 
 
-def draw_cell(axes: Axes, cell: Cell, measure: Measure, y: float, colour: str, step: float) -> None:
-    for line, by_column in constant_lines([cell], measure):
-        if line.startswith("Constant"):
-            axes.vlines(by_column[cell.column], y - step / 2, y + step / 2, colors="#666666", linestyles="--", lw=1.2)
-    if cell.published:
+def places_of(cells: Sequence[Cell]) -> dict[str, list[float]]:
+    """Heights of the cells of each line: 1 apart, with a gap between lines."""
+    places: dict[str, list[float]] = {}
+    place = 0.0
+    for line in dict.fromkeys(cell.line for cell in cells):
+        n = sum(cell.line == line for cell in cells)
+        places[line] = [place + k for k in range(n)]
+        place += n + 0.6
+    return places
+
+
+def is_comparable(cell: Cell) -> bool:
+    return bool(cell.published) and not (cell.published or {}).get("not_comparable")
+
+
+def draw_cell(axes: Axes, cell: Cell, measure: Measure, y: float, colour: str) -> None:
+    if cell.published and is_comparable(cell):
         axes.plot(cell.published["value"], y, "D", color="white", mec="black", ms=6, zorder=4)
     if cell.main is None:
         text = "undefined" if cell.finished else "failed"
         axes.text(0.01, y, text, transform=axes.get_yaxis_transform(), va="center", size=9, color=colour)
         return
     seeds = [value for seed in cell.draws if (value := cell.value(seed, measure)) is not None]
-    axes.plot(seeds, [y + step * 0.22] * len(seeds), "o", color=colour, alpha=0.55, ms=3.5, mew=0)
+    axes.plot(seeds, [y + 0.27] * len(seeds), "o", color=colour, alpha=0.55, ms=3.5, mew=0)
     if cell.main.low is not None and cell.main.high is not None:
         axes.plot([cell.main.low, cell.main.high], [y, y], color=colour, lw=2, solid_capstyle="butt")
     axes.plot(cell.main.value, y, "o", color=colour, ms=7, mec="white", mew=0.8, zorder=3)
 
 
-def metric_legend(cells: Sequence[Cell]) -> list[Line2D]:
+def metric_legend(cells: Sequence[Cell], far: Sequence[str]) -> list[Line2D]:
+    """Handles; `far` : the constant predictor's values, where the axis does not show them."""
     handles = [
         Line2D([], [], color=COLOURS[k % len(COLOURS)], marker="o", lw=2, label=head or "mean, 95 % interval")
         for k, head in enumerate(dict.fromkeys(cell.head for cell in cells))
     ]
     handles.append(Line2D([], [], color="#444444", marker="o", ms=3.5, lw=0, alpha=0.6, label="one seed"))
-    handles.append(Line2D([], [], color="#666666", ls="--", label="constant predictor"))
-    if any(cell.published for cell in cells):
+    off = f":\n{', '.join(far)}, off the axis" if far else ""
+    handles.append(Line2D([], [], color="#666666", ls="--", label=f"constant predictor{off}"))
+    if any(map(is_comparable, cells)):
         handles.append(Line2D([], [], color="white", mec="black", marker="D", lw=0, label="published"))
     return handles
 
@@ -187,7 +215,10 @@ def noise_figure(runs: Sequence[Run]) -> Figure:
 
 @mpl.rc_context(STYLE)
 def weights_figure(cells: Sequence[Cell]) -> Figure:
-    """Weights and trusts at the last epoch, of clean and of flipped images, a panel for each; all seeds together."""
+    """Weights and trusts at the last epoch, of clean and of flipped images, a panel for each; all seeds together.
+
+    AUROC : of low values for flipped labels; 0.5 is chance.
+    """
     shown = []
     for cell in cells:
         tables = [table for run in cell.runs if len(table := run.weights())]
@@ -202,6 +233,9 @@ def weights_figure(cells: Sequence[Cell]) -> Figure:
     figure, axes = panels(len(shown), 3.0)
     for ax, (title, values) in zip(axes, shown, strict=True):
         edges = np.linspace(values[:, 0].min(), max(np.quantile(values[:, 0], 0.99), values[:, 0].min() + 1e-9), 31)
+        flipped = values[:, 1] == 1
+        if 0 < flipped.sum() < len(flipped):
+            title += f", AUROC {auroc(-values[:, 0], flipped, np.ones((1, len(values))))[0]:.2f}"
         for is_flipped, label in ((0, "label kept"), (1, "label flipped")):
             part = np.clip(values[values[:, 1] == is_flipped, 0], None, edges[-1])  # the last bar: all above, too
             if len(part):

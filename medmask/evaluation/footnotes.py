@@ -85,7 +85,7 @@ def training_notes(run: Run) -> list[str]:
     """What a training had to say about itself."""
     return [
         f"{run['label']}: {note}"
-        for s in ("pretrain", "finetune")
+        for s in ("pretrain", "audit", "finetune")
         for note in run.read(s, "record.json").get("notes", [])
     ]
 
@@ -120,7 +120,7 @@ def selection_notes(runs: Sequence[Run], measure: Measure) -> list[str]:
         for rule, noises in rules.items()
     ]
     best = f" The best epoch was chosen by {'; '.join(named)}." if named else ""
-    return [f"Shown: {shown}.{best} No choice was made on the test set."]
+    return [f"Shown: {shown}.{best} No epoch was chosen on the test set."]
 
 
 def rank_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:

@@ -42,6 +42,14 @@ class Trained:
     def is_masked(self) -> bool:
         return self.settings.get("mask_rule") is not None and "maps" in self.files
 
+    @property
+    def before(self) -> Path | None:
+        """The network that its masks were made from; without masks the one that it started from, if any."""
+        if not self.is_masked:
+            return self.files.get("init")
+        record = io.read_json(self.files["maps"].with_name("config.json"))
+        return self.files["maps"].parents[3] / record["inputs"]["model"]
+
     def load(self, weights: Path) -> tuple[Classifier, Image]:
         """A network, which must know as many classes as the split has, and how it is given its images."""
         network, spec, _ = load_classifier(weights, len(read_facts(self.files["summary"], classes=list)["classes"]))
@@ -105,11 +113,13 @@ def choose_rows(rows: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     return drawn.assign(turn=order).sort_values(["turn", *kinds], kind="stable").head(n).drop(columns="turn")
 
 
-def compare(run: Trained, before: Path, rows: pd.DataFrame, cfg: SaliencyMaps, *, with_masks: bool) -> Look:
-    """What the network `before` and that of the run look at in the images of these rows."""
+def compare(
+    run: Trained, before: Path, after: Path, rows: pd.DataFrame, cfg: SaliencyMaps, *, with_masks: bool
+) -> Look:
+    """What the networks `before` and `after` look at in the images of these rows, and the masks of the run."""
     positions = rows["position"].to_numpy()
     pixels = run.reader().unmasked(positions)
-    maps, probs = zip(*(explain(run, path, rows, cfg) for path in (before, run.model)), strict=True)
+    maps, probs = zip(*(explain(run, path, rows, cfg) for path in (before, after)), strict=True)
     masks = run.masks(positions)(positions, pixels.shape[2], pixels.shape[3]) if with_masks else None
     cues = rows.get("has_cue", [0] * len(rows))
     texts = [

@@ -12,7 +12,7 @@ from medmask import io
 from medmask.config.finetuning import Audit
 from medmask.config.training import Image
 from medmask.data.audit import assign_folds, describe_search, find_errors, judge_search
-from medmask.errors import ConfigError
+from medmask.errors import ConfigError, DataError
 
 CONFIG = Audit
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "labels")
@@ -41,9 +41,13 @@ def run(
     if "meta_set" in cfg.train_on and "in_meta_set" in train:  # trusted images are in all trainings, as true
         judged = train["in_meta_set"].to_numpy() != 1
     train, given, fold = train[judged], given[judged], fold[judged]
+    if train.empty:
+        raise DataError(f"{split}: all training images are trusted ones, so there is no label to judge")
     probs = np.zeros((len(train), len(classes)))
     for number, path in enumerate(networks):
         part = train[fold == number]
+        if part.empty:
+            continue
         probs[fold == number] = predict_unseen(path, part, val, classes, (images, index), cfg)
         log.info("fold %d of %d: %d images", number + 1, cfg.folds, len(part))
     found, quality, notes = find_errors(given, probs)
@@ -57,7 +61,8 @@ def run(
     table.to_csv(audit, index=False, lineterminator="\n")
     facts |= {"agreement": float((probs.argmax(axis=1) == given).mean()), "notes": notes}
     io.write_json(record, {**facts, "seconds": round(time.monotonic() - began, 2)})
-    log.info("%s", describe_search(facts))
+    for text in (*notes, describe_search(facts)):
+        log.info("%s", text)
 
 
 def predict_unseen(

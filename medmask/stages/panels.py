@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from medmask.config.base import Block, Int
 from medmask.config.finetuning import SaliencyMaps
@@ -33,6 +33,7 @@ OPTIONAL: tuple[str, ...] = ()
 OUTPUTS: tuple[str, ...] = ("panels",)
 MOST_COLUMNS = 3
 CONTROLS = ("random", "cutout")
+NETWORKS = {"last": "model.safetensors", "best": "best.safetensors"}
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,9 @@ def run(cfg: Panels, *, runs: Path, panels: Path) -> None:
     try:
         columns = [[read_setting(cfg, word, cell, measure) for word, cell in row] for row in chosen[:MOST_COLUMNS]]
         figure = draw_settings(columns) if columns else message("No finetuning on masked images has finished yet")
-    except MedmaskError as error:  # a network that is gone must not keep a table from being written
+        if len(chosen) > MOST_COLUMNS:
+            figure.supxlabel(f"first {MOST_COLUMNS} of {len(chosen)} columns of the table", size=10)
+    except (MedmaskError, ValidationError) as error:  # a network that is gone must not keep a table from being written
         log.warning("no panels: %s", error)
         figure = message(wrapped(f"No panels: {error}", 60))
     figure.savefig(panels, format="png", dpi=150)
@@ -85,10 +88,11 @@ def read_setting(cfg: Panels, word: str, cell: Cell, measure: Measure) -> "Setti
     folder = first.path("finetune", ".")
     assert folder is not None
     trained = read_training(folder, first.results.parent)
-    refuse_missing(trained.files["init"])
+    before, after = trained.before or trained.model, trained.folder / NETWORKS[measure.selection]
+    refuse_missing(before, after)
     explained = SaliencyMaps.model_validate(first.settings["mask"])
     rows = choose_rows(trained.rows(("train",)), cfg.n, cfg.seed)
-    look = compare(trained, trained.files["init"], rows, explained, with_masks=True)
+    look = compare(trained, before, after, rows, explained, with_masks=True)
     value = f"{measure.metric} on {measure.test_set} {cell.mean(measure):.3f} (mean of {len(cell.finished)})"
     title = f"{word}: {cell.name}\n{value}; here seed {first['seed']}"
     return Setting(title, look, accuracies(first.metrics[measure.selection] if first.metrics else {}))

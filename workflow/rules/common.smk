@@ -90,9 +90,14 @@ def training_inputs(stage):
 
 
 def before_masks(wc):
-    """Input function: for selective classification, the network that a finetuning on masked images started from."""
+    """Input function: for selective classification, the network that the first finetuning on masked images started from."""
     inputs = artifact("evaluate", wc.key).inputs
-    return f"{inputs['init'].folder}/model.safetensors" if "init" in inputs else []
+    if "init" not in inputs:
+        return []
+    masked = inputs["model"]
+    while "masks" in masked.inputs["init"].inputs:
+        masked = masked.inputs["init"]
+    return weights_of(masked, "init")
 
 
 def fold_networks(wc):
