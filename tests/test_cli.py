@@ -144,6 +144,15 @@ def test_a_bug_is_1_with_its_traceback(tmp_path):
     assert "ZeroDivisionError" in done.stderr
 
 
+def test_a_broken_pipe_in_a_stage_is_a_bug(stage, tmp_path):
+    def lose_a_worker(cfg, **_):
+        raise BrokenPipeError(32, "a loading process is gone")
+
+    stage.run = lose_a_worker
+    with pytest.raises(BrokenPipeError):
+        call(tmp_path)
+
+
 @pytest.mark.parametrize("command", ["doctor", "plan"])
 def test_a_reader_who_has_seen_enough_gets_no_traceback(command):
     """`medmask plan | head -1`."""

@@ -105,3 +105,12 @@ def test_of_many_rows_the_reference_and_the_best_are_drawn(runs, monkeypatch):
     assert list(chosen) == [*names[:3], *names[5:]]  # the reference is worst, and stays
     figure = coverage_figure(made, MEASURE, "baseline")
     assert re.fullmatch(r"8 of 10 rows: the reference and the smallest errors", figure.get_suptitle())
+
+
+def test_a_row_that_has_not_finished_leaves_its_panel_alone(runs):
+    made = make_cells(runs, "noise")
+    for run in made[0].runs:
+        run.metrics, run.reason = None, "finetune: failed"
+    figure = coverage_figure(made, MEASURE, "baseline")
+    assert all(axes.get_xlim()[1] <= 1.2 and len(axes.get_yticks()) > 2 for axes in figure.axes)
+    assert not any("o" in [text.get_text() for text in axes.get_xticklabels()] for axes in figure.axes)
