@@ -72,7 +72,7 @@ def run(
         return torch.cat(found)
 
     began = time.monotonic()
-    own = fingerprint(cfg.model_dump(mode="json"), {"images": index, "split": split, "model": model})
+    own = fingerprint(cfg, {"images": index, "split": split, "model": model})
     shards = Shards(work_dir / f"maps-{own[:12]}", len(positions), batch * BATCHES_A_SHARD)
     done = shards.fill(compute)
     whole = shards.read()

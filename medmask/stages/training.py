@@ -93,7 +93,7 @@ def train(
         data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher, weights)
         inputs = {name: getattr(files, name) for name in ("split", "labels", "init")}
         inputs |= {role: path for role in ("teacher", "maps", "audit") if (path := getattr(files, role))}
-        checkpointer = Checkpointer(work_dir, fingerprint(cfg.model_dump(mode="json"), inputs), check)
+        checkpointer = Checkpointer(work_dir, fingerprint(cfg, inputs), check)
         method = build_method(cfg.method, start.network, cfg)
         state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
         if ctx.is_main:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from medmask import io
+from medmask.config.base import Block
 from medmask.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -103,13 +104,14 @@ def remove(path: Path) -> None:
     sidecar(path).unlink(missing_ok=True)
 
 
-def fingerprint(settings: dict[str, Any], inputs: dict[str, Path | None]) -> str:
+def fingerprint(cfg: Block, inputs: dict[str, Path | None]) -> str:
     """Digest of all that determines a training's result.
 
     Left out is how it is run: loading processes, what the job asks for, and the number of ranks where the batch
-    norm is over all of them.
+    norm is over all of them; and, as in keys, what has its default: a version with one key more goes on with the
+    checkpoints of the one before.
     """
-    left_out = {"workers", "needs", *({"ranks"} if settings.get("sync_bn") else ())}
-    kept = {name: value for name, value in settings.items() if name not in left_out}
+    left_out = {"workers", "needs", *({"ranks"} if getattr(cfg, "sync_bn", False) else ())}
+    kept = cfg.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
     digests = {name: None if path is None else io.file_digest(path) for name, path in inputs.items()}
     return io.digest({"settings": kept, "inputs": digests, "layout": LAYOUT})

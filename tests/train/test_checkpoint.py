@@ -87,7 +87,7 @@ def test_fingerprint_leaves_out_how_a_training_is_run(tmp_path):
     labels.write_text("a")
 
     def key(**changes):
-        return fingerprint(settings(**changes).model_dump(mode="json"), {"labels": labels, "init": None})
+        return fingerprint(settings(**changes), {"labels": labels, "init": None})
 
     first = key()
     assert first == key(ranks=2, workers=3, needs={"cpus": 4})
@@ -95,6 +95,17 @@ def test_fingerprint_leaves_out_how_a_training_is_run(tmp_path):
     assert key(sync_bn=False) != key(sync_bn=False, ranks=2)
     labels.write_text("b")
     assert first != key()
+
+
+def test_checkpoints_outlive_a_version_with_one_key_more():
+    old = settings()
+
+    class Newer(type(old)):
+        sharpness: int = 3
+
+    given = old.model_dump(mode="json", exclude_defaults=True)
+    assert fingerprint(Newer(**given), {}) == fingerprint(old, {})
+    assert fingerprint(Newer(**given, sharpness=4), {}) != fingerprint(old, {})
 
 
 def test_a_full_disk_is_said_and_the_older_checkpoint_kept(tmp_path, monkeypatch):
