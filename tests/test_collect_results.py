@@ -30,7 +30,9 @@ def write_results(experiments):
             f"results/{name}/table.md": f"# Title of {name}\n\n1. Order of the rows: Spearman's rank correlation 0.9\n",
             f"results/{name}/claim.md": "# Claim\n\nNone.\n",
             f"results/{name}/summary.csv": "a,b\n",
+            f"results/{name}/config.json": json.dumps({"inputs": {"runs": f"results/runs/{name}-abc/runs.json"}}),
             f"results/runs/{name}-abc/runs.json": json.dumps({"runs": [run]}),
+            f"results/runs/{name}-old/runs.json": json.dumps({"runs": [{"keys": {"finetune": "gone"}}]}),
         }
         files |= {f"results/{name}/figures/{figure}.png": figure for figure in ("metric", *figures)}
         for path, text in files.items():

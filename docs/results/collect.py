@@ -52,22 +52,22 @@ def special_figure(folder: Path, name: str, what: str) -> list[str]:
 
 def provenance(experiments: list[str]) -> str:
     """Commits, machine and time behind the tables."""
-    keys = set()
+    folders = set()
     for name in experiments:
-        (plan,) = [
-            path for path in Path("results/runs").glob(f"{name}-*/runs.json") if json.loads(path.read_text())["runs"]
-        ]
-        for run in json.loads(plan.read_text())["runs"]:
-            keys |= {(stage, key) for stage, key in run["keys"].items() if key}
-    folders = [Path("results", stage, key) for stage, key in keys]
-    commits = {json.loads((folder / "config.json").read_text())["commit"] for folder in folders}
-    records = [json.loads(path.read_text()) for folder in folders if (path := folder / "record.json").exists()]
+        plan = json.loads(Path("results", name, "config.json").read_text())["inputs"]["runs"]
+        for run in json.loads(Path(plan).read_text())["runs"]:
+            folders |= {Path("results", stage, key) for stage, key in run["keys"].items() if key}
+    made = {folder: json.loads((folder / "config.json").read_text()) for folder in folders}
+    folds = {Path(path).parent for config in made.values() for path in config.get("inputs", {}).get("networks", [])}
+    commits = {config["commit"] for config in made.values()}
+    found = [json.loads(path.read_text()) for folder in folders | folds if (path := folder / "record.json").exists()]
+    records = [record for record in found if "ranks" in record]  # of trainings
     hours = sum(record["seconds"] * record["ranks"] for record in records) / 3600
     devices = sorted({record["device"] for record in records})
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     trained = f"{len(records)} trainings, {hours:.2f} process hours on {', '.join(devices)}"
     return (
-        f"Commit {', '.join(sorted(commits))}; {trained}; "
+        f"Commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))}; {trained}; "
         f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}."
     )
 
