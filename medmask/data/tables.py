@@ -217,3 +217,8 @@ def read_split(
     problems = [f"image {image}: {rule}" for rule, rows in wrong.items() for image in table["image_id"][rows]]
     refuse(split, problems)
     return table, facts["classes"]
+
+
+def short_digests(sha256: Iterable[str]) -> np.ndarray:
+    """The first 64 bits of digests in hexadecimal, (n,) int64, as model files list the images they have seen."""
+    return np.array([int(text[:16], 16) for text in sha256], dtype=np.uint64).view(np.int64)

@@ -57,42 +57,41 @@ def metric_figure(cells: Sequence[Cell], measure: Measure) -> Figure:
     if not any(cell.main for cell in cells):
         return message("No run has finished yet")
     heads = list(dict.fromkeys(cell.head for cell in cells))
-    places = places_of(cells)
-    figure = Figure(figsize=(8, 1.4 + 0.28 * max(max(own) for own in places.values())), layout="constrained")
+    placed = place(cells)
+    lowest = max(y for _, y in placed)
+    figure = Figure(figsize=(8, 1.4 + 0.28 * lowest), layout="constrained")
     axes = figure.subplots()
-    for line, own in places.items():
-        for y, cell in zip(own, (cell for cell in cells if cell.line == line), strict=True):
-            draw_cell(axes, cell, measure, y, COLOURS[heads.index(cell.head) % len(COLOURS)])
+    for cell, y in placed:
+        draw_cell(axes, cell, measure, y, COLOURS[heads.index(cell.head) % len(COLOURS)])
     low, high = axes.get_xlim()
     constants = []
-    for line, own in places.items():
-        for y, cell in zip(own, (cell for cell in cells if cell.line == line), strict=True):
-            for name, by_column in constant_lines([cell], measure):
-                if name.startswith("Constant"):
-                    constants.append(by_column[cell.column])
-                    axes.vlines(constants[-1], y - 0.5, y + 0.5, colors="#666666", linestyles="--", lw=1.2)
-    is_near = [low - (high - low) / 2 < value < high + (high - low) / 2 for value in constants]
-    if not all(is_near):
+    for cell, y in placed:
+        for name, by_column in constant_lines([cell], measure):
+            if name.startswith("Constant"):
+                constants.append(by_column[cell.column])
+                axes.vlines(constants[-1], y - 0.5, y + 0.5, colors="#666666", linestyles="--", lw=1.2)
+    margin = (high - low) / 2
+    if any(not low - margin < value < high + margin for value in constants):
         axes.set_xlim(low, high)
-    axes.set_yticks([float(np.mean(own)) for own in places.values()], [wrapped(line, 32) for line in places])
-    axes.set_ylim(max(max(own) for own in places.values()) + 0.8, -0.8)
+    shown = axes.get_xlim()
+    far = sorted({f"{value:.3f}" for value in constants if not shown[0] <= value <= shown[1]})
+    lines = {line: [y for cell, y in placed if cell.line == line] for line in dict.fromkeys(c.line for c in cells)}
+    axes.set_yticks([float(np.mean(own)) for own in lines.values()], [wrapped(line, 32) for line in lines])
+    axes.set_ylim(lowest + 0.8, -0.8)
     axes.set_xlabel(f"{measure.metric} on {measure.test_set}, {measure.selection} epoch")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    far = [] if all(is_near) else sorted({f"{value:.3f}" for value in constants})
     figure.legend(handles=metric_legend(cells, far), loc="outside right upper")
     return figure
 
 
-def places_of(cells: Sequence[Cell]) -> dict[str, list[float]]:
-    """Heights of the cells of each line: 1 apart, with a gap between lines."""
-    places: dict[str, list[float]] = {}
-    place = 0.0
-    for line in dict.fromkeys(cell.line for cell in cells):
-        n = sum(cell.line == line for cell in cells)
-        places[line] = [place + k for k in range(n)]
-        place += n + 0.6
-    return places
+def place(cells: Sequence[Cell]) -> list[tuple[Cell, float]]:
+    """Cells by line, each with its height: 1 apart, with a gap between lines."""
+    placed: list[tuple[Cell, float]] = []
+    for k, line in enumerate(dict.fromkeys(cell.line for cell in cells)):
+        for cell in (cell for cell in cells if cell.line == line):
+            placed.append((cell, len(placed) + 0.6 * k))
+    return placed
 
 
 def is_comparable(cell: Cell) -> bool:

@@ -83,6 +83,10 @@ class Method(nn.Module):
     cfg: Any
     row_of: Tensor | None = None  # row of the training side of each image of the pack; None before `setup`
 
+    def __init__(self, network: nn.Module, cfg: Any) -> None:
+        super().__init__()
+        self.network, self.cfg = network, cfg
+
     def setup(self, data: Any, ctx: Ranks, optimizers: Mapping[str, optim.Optimizer]) -> None:
         """Called once before the training starts or goes on from a checkpoint.
 

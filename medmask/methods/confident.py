@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, optim
 from torch.nn import functional
 
-from medmask.config.finetuning import ConfidentLearning
 from medmask.methods.base import Batch, Clock, Method, Ranks, StepOutput
-from medmask.models.backbones import Classifier
 
 
 class Confident(Method):
@@ -23,10 +21,6 @@ class Confident(Method):
     """
 
     memory_weight: Tensor
-
-    def __init__(self, network: Classifier, cfg: ConfidentLearning) -> None:
-        super().__init__()
-        self.network, self.cfg = network, cfg
 
     def setup(self, data: Any, ctx: Ranks, optimizers: Mapping[str, optim.Optimizer]) -> None:
         super().setup(data, ctx, optimizers)

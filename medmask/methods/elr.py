@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, optim
 from torch.nn import functional
 
-from medmask.config.finetuning import EarlyLearning
 from medmask.methods.base import Batch, Clock, Method, Ranks, StepOutput
-from medmask.models.backbones import Classifier
 
 LEAST = 1e-4  # probabilities are kept between this and 1 minus this
 
@@ -21,10 +19,6 @@ class ELR(Method):
     """Cross-entropy plus `strength` times the mean of log(1 - <t, p>), t a running mean of an image's predictions p."""
 
     memory_targets: Tensor
-
-    def __init__(self, network: Classifier, cfg: EarlyLearning) -> None:
-        super().__init__()
-        self.network, self.cfg = network, cfg
 
     def setup(self, data: Any, ctx: Ranks, optimizers: Mapping[str, optim.Optimizer]) -> None:
         super().setup(data, ctx, optimizers)

@@ -5,17 +5,11 @@ Source: Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836. Differs: without the 
 
 from torch import Tensor
 
-from medmask.config.finetuning import GeneralisedCrossEntropy
 from medmask.methods.base import Batch, Clock, Method, StepOutput
-from medmask.models.backbones import Classifier
 
 
 class GCE(Method):
     """Minimise the mean of (1 - p^q) / q, p the probability of the label given."""
-
-    def __init__(self, network: Classifier, cfg: GeneralisedCrossEntropy) -> None:
-        super().__init__()
-        self.network, self.cfg = network, cfg
 
     def training_step(self, batch: Batch, clock: Clock) -> StepOutput:
         logits = self.network(batch.images)

@@ -33,8 +33,7 @@ class MetaLearning(Method):
     teacher: tuple[nn.Module]
 
     def __init__(self, network: Classifier, cfg: Any) -> None:
-        super().__init__()
-        self.network, self.cfg = network, cfg
+        super().__init__(network, cfg)
         self.weighs = hasattr(cfg, "weights")
         self.has_teacher = hasattr(cfg, "teacher")
         self.refurbishes = hasattr(cfg, "targets") and not self.has_teacher

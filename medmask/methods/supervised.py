@@ -2,17 +2,11 @@
 
 from torch.nn import functional
 
-from medmask.config.training import Training
 from medmask.methods.base import Batch, Clock, Method, StepOutput
-from medmask.models.backbones import Classifier
 
 
 class Supervised(Method):
     """Minimise the mean cross-entropy of one classifier."""
-
-    def __init__(self, network: Classifier, cfg: Training) -> None:
-        super().__init__()
-        self.network, self.cfg = network, cfg
 
     def training_step(self, batch: Batch, clock: Clock) -> StepOutput:
         logits = self.network(batch.images)

@@ -12,6 +12,7 @@ from medmask import io
 from medmask.config.finetuning import Audit
 from medmask.config.training import Image
 from medmask.data.audit import assign_folds, describe_search, find_errors, judge_search
+from medmask.data.tables import short_digests
 from medmask.errors import ConfigError, DataError
 
 CONFIG = Audit
@@ -28,12 +29,12 @@ def run(
     cfg: Audit, *, images: Path, index: Path, split: Path, summary: Path, labels: Path, networks: list[Path],
     audit: Path, record: Path,
 ) -> None:  # fmt: skip
-    from medmask.stages.sides import read_rows
+    from medmask.stages.sides import read_labelled
 
     if len(networks) != cfg.folds:
         raise ConfigError(f"--networks: need one for each of {cfg.folds} folds, got {len(networks)}")
     began = time.monotonic()
-    rows, classes = read_rows(images, index, split, summary, labels)
+    rows, classes = read_labelled(images, index, split, summary, labels)
     train, val = (rows[rows["side"] == side] for side in ("train", "val"))
     given = train["noisy_label"].to_numpy()
     fold = assign_folds(given, train["group"], cfg.folds, cfg.seed, classes)
@@ -77,12 +78,11 @@ def predict_unseen(
     from medmask.data.images import eval_batches
     from medmask.evaluation.predict import pick_device, predict_probs
     from medmask.models.weights import load_classifier
-    from medmask.stages.sides import image_digests
 
     network, spec, seen = load_classifier(path)
     if spec.classes != classes:
         raise ConfigError(f"--networks: {path} knows the classes {spec.classes}, the data have {classes}")
-    own = np.setdiff1d(image_digests(part["sha256"]), image_digests(val["sha256"]))  # those only choose an epoch
+    own = np.setdiff1d(short_digests(part["sha256"]), short_digests(val["sha256"]))  # those only choose an epoch
     if n := len(np.intersect1d(own, seen)):
         raise ConfigError(f"--networks: {path} has trained on {n} of the images whose labels it is to judge")
     image, device = Image.model_validate(spec.image), pick_device(cfg.needs)

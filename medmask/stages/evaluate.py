@@ -16,7 +16,7 @@ from medmask import io
 from medmask.config.experiments import Evaluation
 from medmask.config.training import Image
 from medmask.data.pack import Pack
-from medmask.data.tables import read_split
+from medmask.data.tables import read_split, short_digests
 from medmask.errors import CheckpointError, ConfigError, DataError, suggest
 from medmask.evaluation.collect import read_predictions, test_sample
 from medmask.evaluation.scores import constant_scores, score_test_set
@@ -126,11 +126,6 @@ def check_classes(spec: "ModelSpec", classes: list[str], weights: Path, summary:
             f"{weights}: trained for the classes {', '.join(spec.classes)}, "
             f"but {summary} has {', '.join(classes)}; train on this split, or evaluate on the model's own"
         )
-
-
-def short_digests(sha256: pd.Series) -> NDArray[np.int64]:
-    """First 16 hex digits as signed integers, as model files keep them."""
-    return np.array([int(text[:16], 16) for text in sha256], dtype=np.uint64).view(np.int64)
 
 
 def known_to_split(rows: pd.DataFrame) -> NDArray[np.int64]:

@@ -10,14 +10,16 @@ import pandas as pd
 from medmask.config.finetuning import ConfidentLearning, Fold
 from medmask.data.audit import assign_folds, describe_search, judge_search
 from medmask.data.pack import Pack
-from medmask.data.tables import read_frame, read_split, refuse
+from medmask.data.tables import read_frame, read_split, refuse, short_digests
 from medmask.errors import ConfigError, DataError
 from medmask.train.loader import Rows
 
 TREATED = {"remove": "errors found are left out", "reweight": "errors found weigh as much as their label is likely"}
 
 
-def read_rows(images: Path, index: Path, split: Path, summary: Path, labels: Path) -> tuple[pd.DataFrame, list[str]]:
+def read_labelled(
+    images: Path, index: Path, split: Path, summary: Path, labels: Path
+) -> tuple[pd.DataFrame, list[str]]:
     """The rows of a split, each with true_label and noisy_label, in the order of its file; and the classes."""
     needed = ("position", "group", "sha256")
     rows, classes = read_split(split, summary, needed, len(Pack.open(images, index)))
@@ -42,7 +44,7 @@ def read_sides(cfg: Any, files: Any) -> tuple[dict[str, Rows], np.ndarray]:
     Trusted images have their true labels, and are training images too where `train_on` says so. `method: fold` leaves
     one fold of the training images out. Digests: (n,) int64.
     """
-    table, classes = read_rows(files.images, files.index, files.split, files.summary, files.labels)
+    table, classes = read_labelled(files.images, files.index, files.split, files.summary, files.labels)
     found = {side: table[table["side"] == side] for side in ("train", "val", "meta_set")}
     if "in_meta_set" in table:  # trusted, and on another side too
         found["meta_set"] = table[(table["side"] == "meta_set") | (table["in_meta_set"] == 1)]
@@ -62,13 +64,8 @@ def read_sides(cfg: Any, files: Any) -> tuple[dict[str, Rows], np.ndarray]:
         sides["train"] = chosen(train, ~np.isin(train.positions, sides["meta_set"].positions))
     sides["train"] = joined([sides[side] for side in cfg.train_on])
     used = {*cfg.train_on, "val", *(["meta_set"] if hasattr(cfg, "meta") else [])}
-    digests = [image_digests(found[side]["sha256"]) for side in found if side in used]
+    digests = [short_digests(found[side]["sha256"]) for side in found if side in used]
     return sides, np.concatenate(digests)
-
-
-def image_digests(sha256: pd.Series) -> np.ndarray:
-    """The first 64 bits of digests in hexadecimal, (n,) int64, as model files list the images they have seen."""
-    return np.array([int(text[:16], 16) for text in sha256], dtype=np.uint64).view(np.int64)
 
 
 def chosen(rows: Rows, is_kept: np.ndarray) -> Rows:

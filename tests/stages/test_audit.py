@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from medmask import cli
+from medmask.data.tables import short_digests
 from medmask.models.weights import read_model
-from medmask.stages.sides import image_digests
 from tests.toy import SETTINGS, write_data
 
 pytest.importorskip("cleanlab", reason="pip install 'medmask[cleanlab]'")
@@ -71,7 +71,7 @@ def train_rows(data) -> pd.DataFrame:
 
 def test_each_image_is_unseen_by_one_network_which_judges_it(data, networks, audited):
     rows, table = train_rows(data), pd.read_csv(audited)
-    seen = np.stack([np.isin(image_digests(rows["sha256"]), read_model(path)[2]) for path in networks])  # (folds, n)
+    seen = np.stack([np.isin(short_digests(rows["sha256"]), read_model(path)[2]) for path in networks])  # (folds, n)
     assert (seen.sum(axis=0) == FOLDS - 1).all()
     assert table["image_id"].tolist() == rows["image_id"].tolist()
     assert (~seen[table["fold"], np.arange(N)]).all()
