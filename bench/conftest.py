@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medmask import io
+from medmask.models.cores import keep_memory
 
 ROUNDS = 15
 lines: list[str] = []
@@ -24,6 +25,7 @@ def compare():
 
     def run(question: str, ours, floor, unit: str) -> float:
         torch.set_num_threads(1)
+        keep_memory()
         for function in (ours, floor):
             function()
         seconds = [(timed(ours), timed(floor)) for _ in range(ROUNDS)]
@@ -40,14 +42,14 @@ def compare():
 
 
 @pytest.fixture
-def compare_memory():
-    """Run two modules that print MiB, each in three fresh processes; returns the ratio of the medians."""
+def compare_processes():
+    """Run two modules that print a number, each in three fresh processes; returns the ratio of the medians."""
 
-    def run(question: str, ours: tuple[str, ...], floor: tuple[str, ...]) -> float:
+    def run(question: str, ours: tuple[str, ...], floor: tuple[str, ...], unit: str = "MiB") -> float:
         own, base = measure(ours), measure(floor)
         ratio = own[1] / base[1]
         spread = f"{own[0] / base[2]:.2f} to {own[2] / base[0]:.2f}"
-        lines.append(f"| {question} | {ratio:.2f} | {spread} | {base[1]:.0f} MiB |")
+        lines.append(f"| {question} | {ratio:.2f} | {spread} | {base[1]:.4g} {unit} |")
         return ratio
 
     return run

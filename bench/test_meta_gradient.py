@@ -82,10 +82,10 @@ def test_time(compare):
     assert ratio < 2.3
 
 
-def test_memory(compare_memory):
+def test_memory(compare_processes):
     module = "bench.test_meta_gradient"
-    compare_memory(f"peak memory of {EXACT} above {PLAIN}", (module, "exact"), (module, "plain"))
-    ratio = compare_memory("the same above an unrolled step", (module, "exact"), (module, "unrolled"))
+    compare_processes(f"peak memory of {EXACT} above {PLAIN}", (module, "exact"), (module, "plain"))
+    ratio = compare_processes("the same above an unrolled step", (module, "exact"), (module, "unrolled"))
     assert ratio < 0.7
 
 

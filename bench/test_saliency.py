@@ -73,11 +73,11 @@ def test_batches_against_single_images(compare):
     assert compare(question, bench.sixteen, bench.one_by_one, "16 images") < 0.5
 
 
-def test_memory(compare_memory):
+def test_memory(compare_processes):
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     script = ("bench.test_saliency", "resnet18")
     question = "peak memory above the start, XGradCAM maps of 16 images at 224x224, against pytorch-grad-cam"
-    assert compare_memory(question, (*script, "ours"), (*script, "library")) < 0.5
+    assert compare_processes(question, (*script, "ours"), (*script, "library")) < 0.5
 
 
 if __name__ == "__main__":

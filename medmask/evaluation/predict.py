@@ -1,6 +1,5 @@
 """Class probabilities of a network for a list of images."""
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,12 +8,12 @@ from torch import nn
 
 from medmask.config.base import Needs
 from medmask.evaluation.metrics import Array
+from medmask.models.cores import use_cores
 
 
 def pick_device(needs: Needs) -> torch.device:
     """The first GPU if one is asked for and there is one, else as many cores as are asked for."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(needs.cpus)
+    use_cores(needs.cpus)
     return torch.device("cuda" if needs.gpu and torch.cuda.is_available() else "cpu")
 
 

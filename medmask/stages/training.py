@@ -20,6 +20,7 @@ from medmask.data.tables import read_facts
 from medmask.errors import ConfigError
 from medmask.methods import build_method
 from medmask.models.backbones import Classifier, build_backbone, width_of
+from medmask.models.cores import use_cores
 from medmask.models.freeze import freeze_stages
 from medmask.models.heads import build_head, head_settings
 from medmask.models.weights import (
@@ -79,8 +80,7 @@ def train(
     cfg: Any, work_dir: Path, checkpoint_min: float, files: Files, stop: StopFlag, check: Callable[[], None]
 ) -> None:
     """Train on all ranks; the main one writes the outputs, and checkpoints while `check` does not raise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cfg.needs.cpus)
+    use_cores(cfg.needs.cpus)
     classes = read_facts(files.summary, classes=list)["classes"]
     sides, digests = read_sides(cfg, files)
     sides["train"], weights, found = apply_audit(cfg, files.audit, sides, classes)
