@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
-from medmask.config.finetuning import Audit, ConfidentLearning, Source
+from medmask.config.finetuning import Audit, ConfidentLearning, Explanation, Finetuning, MaskRule, Source
 from medmask.config.load import Blocks
 from medmask.config.training import Training, Weights
 from medmask.errors import ConfigError, lookup
@@ -134,15 +134,27 @@ class Builder:
         if block.masks is not None:
             if init is None:
                 raise ConfigError(f"{where}.masks: there are no starting weights to take them from")
-            inputs["masks"] = self.masks(block.masks, cell, seed, init)
+            inputs["masks"] = self.masks(block, cell, seed, init)
+        if block.optimizer_state == "continued":
+            refuse_lost_momenta(block, init, where)
         if isinstance(block, ConfidentLearning):
             inputs["audit"] = self.audit(block, cell, seed, inputs)
         return self.training("finetune", block, cell, seed, inputs)
 
-    def masks(self, name: str, cell: Cell, seed: int, model: Artifact) -> Artifact:
-        block = self.blocks.block("mask", name, cell.changes("mask"), cell.where())
+    def masks(self, block: Finetuning, cell: Cell, seed: int, model: Artifact) -> Artifact:
+        """Saliency maps of the starting network, after those of the rounds before where masks are cumulative."""
+        maps = self.blocks.block("mask", str(block.masks), cell.changes("mask"), cell.where())
         inputs = {**{role: a for role, a in self.data(cell, seed).items() if role != "noise"}, "model": model}
-        return self.make("mask", block, name=model.key.rsplit("-", 1)[0], inputs=inputs)
+        hidden_by = None
+        if block.mask_rule is not None and block.mask_rule.cumulative and "masks" in model.inputs:
+            inputs["earlier"], hidden_by = model.inputs["masks"], MaskRule(**model.settings["mask_rule"])
+            if hidden_by != block.mask_rule:
+                raise ConfigError(
+                    f"finetunings.{cell.finetune}.mask_rule: cumulative masks need one rule in all rounds, and "
+                    f"{cell.where()} starts from another: {hidden_by.model_dump(exclude_defaults=True)}"
+                )
+        explanation = Explanation(**maps.model_dump(), hidden_by=hidden_by)
+        return self.make("mask", explanation, name=model.key.rsplit("-", 1)[0], inputs=inputs)
 
     def audit(self, block: ConfidentLearning, cell: Cell, seed: int, models: dict[str, Artifact]) -> Artifact:
         """The labels as judged by a training for each fold, alike but for the images that it leaves out."""
@@ -227,6 +239,17 @@ class Builder:
                 "name its fields beside `run`"
             )
         return found[0]
+
+
+def refuse_lost_momenta(block: Finetuning, init: Artifact | None, where: str) -> None:
+    """Momenta can be gone on with only where the starting network has kept them, and is the last one."""
+    start = init.settings if init is not None else {}
+    same = start.get("optimizer", "sgd") == block.optimizer and block.checkpoint == "last"
+    if not (same and start.get("keep_optimizer", False)):
+        raise ConfigError(
+            f"{where}.optimizer_state: to be continued it needs a start from the last epoch of a training with "
+            "`keep_optimizer: true` and the same `optimizer`"
+        )
 
 
 def before_masks(network: Artifact) -> Artifact:

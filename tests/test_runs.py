@@ -149,6 +149,61 @@ def test_after_chains_finetunings():
     assert later.artifacts["finetune"].inputs["init"] is started.artifacts["finetune"]
 
 
+def rounds(rule=None, later=None):
+    """A network, and two finetunings on masked images, one after the other."""
+    raw = small()
+    raw["masks"] = {"seen": {"method": "xgradcam"}}
+    plain = raw["finetunings"]["plain"]
+    first = {**plain, "masks": "seen", "mask_rule": rule or {"kind": "top_k", "cumulative": True}}
+    raw["finetunings"] |= {"one": first, "two": {**first, "after": "one", **(later or {})}}
+    raw["experiments"]["e"] |= {"seeds": [0], "runs": {"two": {"pretrain": "base", "finetune": "two"}}}
+    return raw
+
+
+def test_cumulative_masks_rest_on_those_of_the_rounds_before():
+    (run,) = plan_of(rounds()).runs["e"]
+    second = run.artifacts["mask"]
+    first = run.artifacts["finetune"].inputs["init"].inputs["masks"]
+    assert second.inputs["earlier"] is first
+    assert second.settings["hidden_by"] == {"kind": "top_k", "cumulative": True}
+    assert "earlier" not in first.inputs
+    assert "hidden_by" not in first.settings
+    (alone,) = plan_of(rounds({"kind": "top_k"})).runs["e"]
+    assert set(alone.artifacts["mask"].inputs) == {"data", "split", "model"}
+
+
+def test_cumulative_masks_have_one_rule():
+    with pytest.raises(ConfigError, match=r"finetunings.two.mask_rule: cumulative masks need one rule in all rounds"):
+        plan_of(rounds(later={"mask_rule": {"kind": "mean", "cumulative": True}}))
+
+
+def continued(start=None, **changes):
+    raw = small()
+    raw["pretrainings"]["base"] |= {"keep_optimizer": True, **(start or {})}
+    raw["finetunings"]["plain"] |= {"optimizer_state": "continued", **changes}
+    raw["experiments"]["e"]["runs"] = {"started": {"pretrain": "base", "finetune": "plain"}}
+    return raw
+
+
+def test_momenta_go_on_from_a_network_that_kept_them():
+    (run, *_) = plan_of(continued()).runs["e"]
+    assert run.artifacts["finetune"].inputs["init"].settings["keep_optimizer"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        continued({"keep_optimizer": False}),
+        continued({"optimizer": "adam"}),
+        continued(checkpoint="best"),
+        put(continued(), "experiments/e/runs", {"scratch": {"finetune": "plain"}}),
+    ],
+)
+def test_momenta_that_are_not_there(raw):
+    with pytest.raises(ConfigError, match=r"finetunings.plain.optimizer_state: to be continued it needs"):
+        plan_of(raw)
+
+
 def test_an_ambiguous_source_is_refused():
     raw = small()
     raw["experiments"]["e"]["runs"]["scratch"]["set"] = {"finetune.lr": [0.1, 0.2]}

@@ -24,6 +24,9 @@ class Shortcut(Block):
     place: Literal["top_left", "top_right", "bottom_left", "bottom_right", "centre", "random"] = Field(
         "top_left", description="where it lies; random: drawn for each image"
     )
+    second: bool = Field(
+        False, description="one more at the other side, left and right swapped, its colour channels in reversed order"
+    )
     margin: Int = Field(
         0, ge=0, description="pixels from the edges of the packed image; what `image` crops away nobody sees"
     )
@@ -40,6 +43,8 @@ class Shortcut(Block):
     def says_something(self) -> "Shortcut":
         if len({*self.rate.values()}) < 2 and (len(self.rate) > 1 or set(self.rate.values()) == {0.0}):
             raise ValueError(f"rate: need rates that differ between classes, got {self.rate}")
+        if self.second and (self.kind == "ruler" or self.place in ("centre", "random")):
+            raise ValueError("second: need a rectangle or a disc in a corner, which has another side")
         return self
 
     def is_frequent(self, class_name: str) -> bool:

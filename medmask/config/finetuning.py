@@ -37,11 +37,16 @@ class MaskRule(Block):
     edges: Literal["hard", "soft"] = Field(
         "hard", description="resizing of masks at map resolution: nearest, or bilinear as in the notebook"
     )
+    cumulative: bool = Field(
+        False, description="with `after`: hide what the rounds before hid too, and explain the images as they left them"
+    )
 
     @model_validator(mode="after")
-    def edges_fit(self) -> "MaskRule":
+    def parts_fit(self) -> "MaskRule":
         if self.edges == "soft" and self.resolution == "image":
             raise ValueError("edges: masks at image resolution are not resized, so `soft` has no meaning there")
+        if self.cumulative and self.kind in ("random", "cutout"):
+            raise ValueError(f"cumulative: need a rule that hides salient places, got {self.kind}")
         return self
 
 
@@ -53,6 +58,9 @@ class Finetuning(Training):
     )
     after: Name | None = Field(None, description="start from this finetuning of the same run")
     checkpoint: Checkpoint = Field("last", description="epoch of the starting network: its last, or its best one")
+    optimizer_state: Literal["fresh", "continued"] = Field(
+        "fresh", description="momenta at the start: none, or those of the starting network, which has `keep_optimizer`"
+    )
     masks: Name | None = Field(None, description="hide what the starting network looks at in the training images")
     mask_rule: MaskRule | None = Field(None, description="see below")
 
@@ -253,6 +261,12 @@ class SaliencyMaps(Block):
         1e-8, ge=0, description="xgradcam: added to the sum of a channel; 1e-8 in torchcam, 1e-7 in pytorch-grad-cam"
     )
     needs: Needs = Field(Needs(hours=1), description="what the job asks for; no part of any key")
+
+
+class Explanation(SaliencyMaps):
+    """Settings of the stage mask: the maps that are wanted, and what hid parts of the images before."""
+
+    hidden_by: MaskRule | None = Field(None, description="rule of the earlier rounds of cumulative masks")
 
 
 AnyFinetuning = Annotated[

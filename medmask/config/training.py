@@ -120,6 +120,9 @@ class Training(Block):
     select: Literal["balanced_accuracy", "accuracy", "loss"] = Field(
         "balanced_accuracy", description="validation number that chooses the best epoch"
     )
+    keep_optimizer: bool = Field(
+        False, description="write the optimizer's last momenta into the model file, for `optimizer_state: continued`"
+    )
     record_every: Int = Field(
         5, ge=1, description="epochs between tables of what is known of each image; the last has one"
     )

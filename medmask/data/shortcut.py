@@ -48,8 +48,10 @@ def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
     if side > min(height, width):
         what = f"{shortcut.size} pixels" + (f" and its margins of {shortcut.margin}" if shortcut.margin else "")
         raise ConfigError(f"data.shortcut.size: the cue of {what} is larger than image {number} ({width} x {height})")
-    changed = pixels.copy()
-    changed[cue_area(shortcut, height, width, number)] = shortcut.colour
+    changed, area = pixels.copy(), cue_area(shortcut, height, width, number)
+    if shortcut.second:  # as aliasgharkhani/Masktune has it
+        changed[area[:, ::-1]] = shortcut.colour[::-1]
+    changed[area] = shortcut.colour
     return changed
 
 

@@ -21,6 +21,7 @@ from medmask.models.backbones import HEAD_NAMES, Classifier, build_backbone, wid
 from medmask.models.heads import build_head, head_settings
 
 SEEN = "seen.sha256"
+MOMENTA = "optimizer."
 NESTED = ("model", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
@@ -37,15 +38,20 @@ class ModelSpec:
     epoch: int
 
 
-def save_model(path: Path, network: nn.Module | Mapping[str, Tensor], spec: ModelSpec, seen: np.ndarray) -> None:
+def save_model(
+    path: Path, network: nn.Module | Mapping[str, Tensor], spec: ModelSpec, seen: np.ndarray,
+    momenta: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write a model file.
 
     Parameters
     ----------
     network : a Classifier, or its state dict: names `backbone.*` and `head.*`
     seen : ndarray, (n,), int64. Pixel digests of the images it was trained on, its ancestors' included.
+    momenta : state of the optimizer, `<parameter>.<entry>`, for a training that goes on with it.
     """
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = dict(network.state_dict() if isinstance(network, nn.Module) else network)
+    state |= {MOMENTA + name: value for name, value in (momenta or {}).items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     tensors[SEEN] = torch.from_numpy(np.unique(np.asarray(seen, dtype=np.int64)))
     with io.atomic_path(Path(path)) as part:
@@ -70,7 +76,21 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], ModelSpec, np.ndarray]:
     except (TypeError, ValueError) as error:
         fault = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{path}: its description does not fit this version: {fault}") from error
-    return state, spec, state.pop(SEEN).numpy()
+    seen = state.pop(SEEN).numpy()
+    return {name: value for name, value in state.items() if not name.startswith(MOMENTA)}, spec, seen
+
+
+def read_momenta(path: Path) -> dict[str, Tensor]:
+    """The state of the optimizer that a model file holds: `<parameter>.<entry>` to its tensor.
+
+    Raises
+    ------
+    ConfigError : it holds none.
+    """
+    found = {name.removeprefix(MOMENTA): x for name, x in load_file(path).items() if name.startswith(MOMENTA)}
+    if not found:
+        raise ConfigError(f"optimizer_state: {path} holds no momenta; train it with `keep_optimizer: true`")
+    return found
 
 
 def check_spec(spec: ModelSpec) -> None:

@@ -103,7 +103,7 @@ class Masks:
 
     def __init__(self, file: Path, rule: MaskRule, positions: np.ndarray, seed: int) -> None:
         self.rule, self.seed = rule, seed
-        self.maps, places = read_maps(file)
+        self.rounds, places = read_maps(file)
         missing = positions[~np.isin(positions, places)]
         if len(missing):
             raise DataError(
@@ -121,35 +121,46 @@ class Masks:
         masks = torch.ones(len(positions), 1, height, width)
         if self.rule.kind == "cutout":
             masks[torch.from_numpy(known)] = cutouts(positions[known], height, width, self.seed)
-        elif len(known):
-            maps = self.maps[torch.from_numpy(rows[known])].float()
+        for whole in self.rounds if len(known) and self.rule.kind != "cutout" else ():
+            maps = whole[torch.from_numpy(rows[known])].float()
             if self.rule.kind == "random":
                 maps = shifted(maps, positions[known], self.seed)
-            masks[torch.from_numpy(known)] = hide_salient(maps, self.rule, height, width)
+            masks[torch.from_numpy(known)] *= hide_salient(maps, self.rule, height, width)
         return masks
 
     def notes(self) -> list[str]:
         """Sentences for the record: how much is hidden, and maps that hide nothing."""
         if self.rule.kind == "cutout":
             return [f"masks (cutout) hide one square in each of {int((self.row_of >= 0).sum())} training images"]
-        used = self.maps[torch.from_numpy(self.row_of[self.row_of >= 0])]
-        empty = int((used.flatten(1).amax(1) == 0).sum())
-        height, width = used.shape[1:]
+        used = self.rounds[:, torch.from_numpy(self.row_of[self.row_of >= 0])]
+        empty = int((used[-1].flatten(1).amax(1) == 0).sum())
+        height, width = used.shape[2:]
         rule = self.rule.model_copy(update={"resolution": "map"})
-        hidden = [float((1 - hide_salient(part.float(), rule, height, width)).sum()) for part in used.split(4096)]
-        share = sum(hidden) / used.numel()
+
+        def kept(part: Tensor) -> float:
+            """Cells of some images, (rounds, N, h, w), that no round hides."""
+            return float(torch.stack([hide_salient(maps.float(), rule, height, width) for maps in part]).prod(0).sum())
+
+        share = 1 - sum(map(kept, used.split(4096, dim=1))) / used[-1].numel()
         what = self.rule.kind + ("" if self.rule.kind == "official" else f" {self.rule.strength:g}")
-        notes = [f"masks ({what}) hide {share:.1%} of the cells of {len(used)} training images"]
+        notes = [f"masks ({what}) hide {share:.1%} of the cells of {used.shape[1]} training images"]
         return notes + [f"{empty} saliency maps are all zero: these images are kept whole"] * (empty > 0)
 
 
 def read_maps(file: Path) -> tuple[Tensor, np.ndarray]:
-    """Maps (n, h, w) float16 and the positions (n,) of their images in the pack."""
+    """Maps (rounds, n, h, w) float16, the newest last, and the positions (n,) of their images in the pack.
+
+    There is more than one round where masks are cumulative.
+    """
     try:
         with safe_open(file, framework="pt") as content:
-            maps, positions = content.get_tensor("maps"), content.get_tensor("positions").numpy()
-    except (SafetensorError, OSError) as error:
+            maps, positions = content.get_tensor("maps")[None], content.get_tensor("positions").numpy()
+            if "earlier" in content.keys():  # noqa: SIM118  # this is no dict
+                maps = torch.cat([content.get_tensor("earlier"), maps])
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise DataError(f"{file}: cannot be read as saliency maps: {error}") from error
-    if maps.dim() != 3 or len(maps) != len(positions):
-        raise DataError(f"{file}: need maps (n, h, w) and as many positions, got {tuple(maps.shape)}, {len(positions)}")
+    if maps.dim() != 4 or maps.shape[1] != len(positions):
+        raise DataError(
+            f"{file}: need maps (n, h, w) and as many positions, got {tuple(maps.shape[1:])}, {len(positions)}"
+        )
     return maps, positions

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medmask import io
-from medmask.config.finetuning import SaliencyMaps
+from medmask.config.finetuning import Explanation
 from medmask.config.training import Image
 from medmask.data.pack import Pack
 from medmask.data.tables import read_split
-from medmask.errors import DataError
+from medmask.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = SaliencyMaps
+CONFIG = Explanation
 INPUTS: tuple[str, ...] = ("images", "index", "split", "summary", "model")
-OPTIONAL: tuple[str, ...] = ()
+OPTIONAL: tuple[str, ...] = ("earlier",)
 OUTPUTS: tuple[str, ...] = ("maps", "record")
 TRAINS = True  # it has a work folder, as trainings have
 
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    cfg: SaliencyMaps, *, images: Path, index: Path, split: Path, summary: Path, model: Path, maps: Path, record: Path,
-    work_dir: Path, checkpoint_min: float, stop: object, check: Callable[[], None],
+    cfg: Explanation, *, images: Path, index: Path, split: Path, summary: Path, model: Path, maps: Path, record: Path,
+    work_dir: Path, checkpoint_min: float, stop: object, check: Callable[[], None], earlier: Path | None = None,
 ) -> None:  # fmt: skip
     import torch
     from safetensors.torch import save_file
@@ -46,6 +46,7 @@ def run(
     from medmask.models.weights import load_classifier
     from medmask.saliency.layers import find_layer
     from medmask.saliency.maps import Explainer
+    from medmask.saliency.masks import Masks
     from medmask.train.checkpoint import fingerprint
 
     rows, classes = read_split(split, summary, ("position",), len(Pack.open(images, index)))
@@ -56,7 +57,10 @@ def run(
     network, spec, _ = load_classifier(model, len(classes))
     device = pick_device(cfg.needs)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    reader = ImageReader(images, index, Image.model_validate(spec.image))
+    if (cfg.hidden_by is None) != (earlier is None):
+        raise ConfigError("--earlier: needed with `hidden_by`, and only there")
+    hide = Masks(earlier, cfg.hidden_by, positions, seed=0) if earlier and cfg.hidden_by else None
+    reader = ImageReader(images, index, Image.model_validate(spec.image), masks=hide)
     first = reader.batch(positions[:1])
     name, layer = find_layer(network, cfg.layer, first.to(device))
     explain = Explainer(network, layer, cfg.method, cfg.epsilon)
@@ -72,7 +76,8 @@ def run(
         return torch.cat(found)
 
     began = time.monotonic()
-    own = fingerprint(cfg, {"images": index, "split": split, "model": model})
+    inputs: dict[str, Path | None] = {"images": index, "split": split, "model": model}
+    own = fingerprint(cfg, inputs | ({"earlier": earlier} if earlier else {}))
     shards = Shards(work_dir / f"maps-{own[:12]}", len(positions), batch * BATCHES_A_SHARD)
     done = shards.fill(compute)
     whole = shards.read()
@@ -87,9 +92,23 @@ def run(
         "device": str(device),
         "notes": [f"{empty} of {len(whole)} saliency maps are all zero"] * (empty > 0),
     }
-    save_file({"maps": whole, "positions": torch.from_numpy(positions.astype(np.int64))}, maps)
+    tensors = {"maps": whole, "positions": torch.from_numpy(positions.astype(np.int64))}
+    save_file(tensors | ({"earlier": earlier_rounds(earlier, positions, whole)} if earlier else {}), maps)
     io.write_json(record, facts)
     log.info("%s of %s: %d maps, %d computed in %.1f s", cfg.method, name, len(whole), done, facts["seconds"])
+
+
+def earlier_rounds(file: Path, positions: np.ndarray, maps: "Tensor") -> "Tensor":
+    """Maps (rounds, n, h, w) of the rounds before, which must be of the same images and size as these (n, h, w)."""
+    from medmask.saliency.masks import read_maps
+
+    rounds, places = read_maps(file)
+    if not np.array_equal(places, positions) or rounds.shape[1:] != maps.shape:
+        raise DataError(
+            f"{file}: cumulative masks need the same images and the same layer in all rounds; it has maps "
+            f"{tuple(rounds.shape[1:])}, this round {tuple(maps.shape)}"
+        )
+    return rounds
 
 
 class Shards:

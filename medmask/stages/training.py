@@ -19,6 +19,7 @@ from medmask.data.images import ImageReader
 from medmask.data.tables import read_facts
 from medmask.errors import ConfigError
 from medmask.methods import build_method
+from medmask.methods.base import Method
 from medmask.models.backbones import Classifier, build_backbone, width_of
 from medmask.models.cores import use_cores
 from medmask.models.freeze import freeze_stages
@@ -30,6 +31,7 @@ from medmask.models.weights import (
     load_published,
     load_strictly,
     read_model,
+    read_momenta,
     save_model,
 )
 from medmask.saliency.masks import Masks
@@ -39,6 +41,7 @@ from medmask.train.checkpoint import Checkpointer, fingerprint
 from medmask.train.distributed import DistContext, distributed
 from medmask.train.fit import Execution, State, fit
 from medmask.train.loader import Rows, TrainingData
+from medmask.train.optim import momenta_of
 from medmask.train.per_image import FOLDER
 from medmask.train.signals import StopFlag
 
@@ -95,9 +98,11 @@ def train(
         inputs |= {role: path for role in ("teacher", "maps", "audit") if (path := getattr(files, role))}
         checkpointer = Checkpointer(work_dir, fingerprint(cfg, inputs), check)
         method = build_method(cfg.method, start.network, cfg)
-        state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop))
+        goes_on = getattr(cfg, "optimizer_state", "fresh") == "continued"
+        momenta = read_momenta(files.init) if files.init and goes_on else None
+        state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop), momenta)
         if ctx.is_main:
-            write_models(cfg, files, start, state, method.export(), np.union1d(digests, start.seen))
+            write_models(cfg, files, start, state, method, np.union1d(digests, start.seen))
             shutil.copyfile(work_dir / "history.jsonl", files.history)
             if files.weights is not None:
                 write_weights(files.weights, files.split, data.train, work_dir, cfg)
@@ -187,16 +192,15 @@ def check_ranks(cfg: Training, world: int) -> None:
         raise ConfigError(f"batch_size: {cfg.batch_size} images cannot be shared by {world} ranks")
 
 
-def write_models(
-    cfg: Training, files: Files, start: Start, state: State, last: dict[str, Tensor], seen: np.ndarray
-) -> None:
-    """The two model files; the best one is the last one where nothing could be validated."""
-    for path, weights, epoch in (
-        (files.model, last, cfg.epochs - 1),
-        (files.best, state.best_weights, state.best_epoch),
+def write_models(cfg: Training, files: Files, start: Start, state: State, method: Method, seen: np.ndarray) -> None:
+    """The two model files; the best one is the last one where nothing could be validated, and has no momenta."""
+    momenta = momenta_of(method.network, method.optimizers) if cfg.keep_optimizer else {}
+    for path, weights, epoch, kept in (
+        (files.model, method.export(), cfg.epochs - 1, momenta),
+        (files.best, state.best_weights, state.best_epoch, {}),
     ):
         spec = ModelSpec(**{**asdict(start.spec), "epoch": epoch + 1})
-        save_model(path, weights, spec, seen)
+        save_model(path, weights, spec, seen, kept)
 
 
 def make_record(cfg: Training, start: Start, state: State, sides: dict[str, Rows], ctx: DistContext) -> dict[str, Any]:

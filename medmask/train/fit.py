@@ -22,7 +22,7 @@ from medmask.train.checkpoint import Checkpointer
 from medmask.train.distributed import DistContext, Verdict
 from medmask.train.history import History, Progress, is_logged
 from medmask.train.loader import Parts, Plan, TrainingData, training_parts
-from medmask.train.optim import build_optimizers, lr_at
+from medmask.train.optim import build_optimizers, lr_at, set_momenta
 from medmask.train.signals import StopFlag
 from medmask.train.validation import is_better, validate
 
@@ -54,9 +54,12 @@ class Execution:
     stop: StopFlag = field(default_factory=StopFlag)
 
 
-def fit(cfg: Training, method: Method, data: TrainingData, execution: Execution) -> State:
+def fit(
+    cfg: Training, method: Method, data: TrainingData, execution: Execution, momenta: Mapping[str, Tensor] | None = None
+) -> State:
     """Train a method to its last epoch, from its newest checkpoint if there is one.
 
+    At its first step the optimizers have the `momenta`, if any, by `<parameter>.<entry>` of `method.network`.
     Afterwards `method` holds the weights of the last epoch, and the state that is returned those of the best one.
 
     Raises
@@ -64,7 +67,7 @@ def fit(cfg: Training, method: Method, data: TrainingData, execution: Execution)
     Stopped : told to stop by a signal; the state is saved.
     ConfigError : the loss is not finite, or the batches cannot be shared by the ranks.
     """
-    run = Run(cfg, method, data, execution)
+    run = Run(cfg, method, data, execution, momenta or {})
     state, plan, stop = run.state, run.plan, execution.stop
     parts = training_parts(run.parts, state.step, cfg.workers, pin=run.ctx.device.type == "cuda")
     try:
@@ -84,7 +87,9 @@ def fit(cfg: Training, method: Method, data: TrainingData, execution: Execution)
 class Run:
     """One training: its networks, optimizers, clocks and files."""
 
-    def __init__(self, cfg: Training, method: Method, data: TrainingData, execution: Execution) -> None:
+    def __init__(
+        self, cfg: Training, method: Method, data: TrainingData, execution: Execution, momenta: Mapping[str, Tensor]
+    ) -> None:
         self.cfg, self.data, self.execution = cfg, data, execution
         self.ctx = ctx = execution.ctx
         self.plan = Plan(cfg, len(data.train), ctx.world)
@@ -98,6 +103,7 @@ class Run:
         if not self.trained:
             raise ConfigError("freeze: nothing is left to train")
         self.optimizers = build_optimizers(cfg, groups)
+        set_momenta(method.network, self.optimizers, momenta)
         self.method.setup(data, ctx, self.optimizers)
         self.state = self.restore()
         self.model: nn.Module = self.method

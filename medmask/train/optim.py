@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 from medmask.config.training import Training
 
@@ -20,6 +21,35 @@ def build_optimizer(cfg: Training, parameters: list[nn.Parameter]) -> optim.Opti
         )
     kind = optim.Adam if cfg.optimizer == "adam" else optim.AdamW
     return kind(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+
+def momenta_of(network: nn.Module, optimizers: Mapping[str, optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember of each parameter of a network: `<parameter>.<entry>` to its tensor."""
+    states = {parameter: entries for one in optimizers.values() for parameter, entries in one.state.items()}
+    return {
+        f"{name}.{entry}": value
+        for name, parameter in network.named_parameters()
+        for entry, value in states.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def set_momenta(network: nn.Module, optimizers: Mapping[str, optim.Optimizer], momenta: Mapping[str, Tensor]) -> None:
+    """Let the optimizers go on with `momenta_of` another training of the same network; what fits no parameter is left.
+
+    A parameter that was frozen before, or whose shape differs (a new head), starts without momentum.
+    """
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                start = f"{names.get(parameter)}."
+                own = {name.removeprefix(start): value for name, value in momenta.items() if name.startswith(start)}
+                if own and all(value.dim() == 0 or value.shape == parameter.shape for value in own.values()):
+                    optimizer.state[parameter] = {
+                        entry: value.clone() if value.dim() == 0 else torch.empty_like(parameter.detach()).copy_(value)
+                        for entry, value in own.items()
+                    }
 
 
 def lr_at(cfg: Training, epoch: int) -> float:

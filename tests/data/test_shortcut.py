@@ -51,6 +51,20 @@ def test_a_random_place_is_drawn_by_image_and_seed():
     assert places(0) == places(0) != places(1)
 
 
+def test_a_second_one_mirrors_place_and_channels():
+    cued = draw_cue(np.zeros((6, 9, 3), np.uint8), Shortcut(rate=RATE, size=4, colour=(255, 9, 1), second=True), 0)
+    assert (cued[:4, :4] == (255, 9, 1)).all()
+    assert (cued[:4, 5:] == (1, 9, 255)).all()
+    assert not cued[:, 4].any()
+    assert not cued[4:].any()
+
+
+@pytest.mark.parametrize("cue", [{"kind": "ruler"}, {"place": "centre"}, {"place": "random"}])
+def test_a_second_one_needs_another_side(cue):
+    with pytest.raises(ValidationError, match="second: need a rectangle or a disc in a corner"):
+        Shortcut(rate=RATE, second=True, **cue)
+
+
 def test_drawing_leaves_the_image_and_the_rest_of_the_copy_alone():
     pixels = np.full((4, 4, 3), 7, dtype=np.uint8)
     cued = draw_cue(pixels, Shortcut(rate=RATE, size=3, colour=(1, 2, 3)), 0)

@@ -8,16 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 from medmask import io
-from medmask.config.finetuning import SaliencyMaps
+from medmask.config.finetuning import Explanation, MaskRule
 from medmask.data.images import ImageReader
 from medmask.errors import ConfigError, DataError
 from medmask.models.weights import load_classifier, read_model, save_model
 from medmask.saliency.maps import Explainer
+from medmask.saliency.masks import Masks, hide_salient
 from medmask.stages import finetune, mask
 from tests.stages.test_training import run as train
 from tests.toy import is_same, settings, write_data
 
-CONFIG = SaliencyMaps(method="xgradcam", needs={"gpu": 0, "cpus": 1})
+CONFIG = Explanation(method="xgradcam", needs={"gpu": 0, "cpus": 1})
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def model(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("trained"), data)["model"]
 
 
-def run(folder, data, model, cfg=CONFIG):
+def run(folder, data, model, cfg=CONFIG, earlier=None):
     folder.mkdir(exist_ok=True)
     files = {name: data[name] for name in mask.INPUTS if name != "model"}
     outputs = {"maps": folder / "maps.safetensors", "record": folder / "record.json"}
     extra = {"work_dir": folder / "work", "checkpoint_min": 15, "stop": None, "check": lambda: None}
-    mask.run(cfg, **files, model=model, **outputs, **extra)
+    mask.run(cfg, **files, model=model, **outputs, **extra, earlier=earlier)
     return outputs
 
 
@@ -100,7 +101,7 @@ def test_a_stop_in_the_middle_redoes_no_finished_shard(tmp_path, monkeypatch, ma
 
 def test_an_unknown_layer_names_the_others(tmp_path, data, model):
     with pytest.raises(ConfigError, match=r"mask.layer: no layer 'backbone.99' whose output is a map; .*backbone.12"):
-        run(tmp_path, data, model, SaliencyMaps(method="xgradcam", layer="backbone.99"))
+        run(tmp_path, data, model, Explanation(method="xgradcam", layer="backbone.99"))
 
 
 def masked(**changes):
@@ -116,6 +117,40 @@ def test_finetuning_on_masked_images(tmp_path, data, model, maps):
     assert is_same(weights[0], weights[2])
     notes = json.loads(hidden["record"].read_text())["notes"]
     assert any(note.startswith("masks (top_k 0.3) hide ") and "34 training images" in note for note in notes)
+
+
+RULE = MaskRule(kind="top_k", strength=0.2, cumulative=True)
+
+
+def test_a_second_round_explains_and_hides_what_the_first_has_left(tmp_path, data, model, maps):
+    cfg = CONFIG.model_copy(update={"hidden_by": RULE})
+    content = load_file(run(tmp_path, data, model, cfg, earlier=maps["maps"])["maps"])
+    first = load_file(maps["maps"])
+    assert torch.equal(content["earlier"], first["maps"][None])
+    positions = np.arange(5)
+    masks = Masks(maps["maps"], RULE, positions, seed=0)
+    network, spec, _ = load_classifier(model)
+    reader = ImageReader(data["images"], data["index"], type(settings().image)(**spec.image), masks=masks)
+    expected, _ = Explainer(network, network.backbone[12], "xgradcam")(reader.batch(positions), torch.arange(5) % 2)
+    torch.testing.assert_close(content["maps"][:5].float(), expected, rtol=0, atol=1e-3)
+    assert not torch.equal(content["maps"], first["maps"])
+
+    both = Masks(tmp_path / "maps.safetensors", RULE, positions, seed=0)(positions, 8, 8)
+    newest = hide_salient(content["maps"][:5].float(), RULE, 8, 8)
+    assert torch.equal(both, masks(positions, 8, 8) * newest)
+    assert both.mean() < newest.mean()
+    (note,) = Masks(tmp_path / "maps.safetensors", RULE, positions, seed=0).notes()
+    assert note == f"masks (top_k 0.2) hide {1 - float(both.mean()):.1%} of the cells of 5 training images"
+    third = load_file(run(tmp_path / "third", data, model, cfg, earlier=tmp_path / "maps.safetensors")["maps"])
+    assert third["earlier"].shape == (2, 38, 8, 8)
+
+
+def test_rounds_of_other_layers_are_refused(tmp_path, data, model, maps):
+    cfg = Explanation(**{**CONFIG.model_dump(), "layer": "backbone.9", "hidden_by": RULE})
+    with pytest.raises(DataError, match=r"same layer in all rounds; it has maps \(38, 8, 8\), this round \(38, 10, 10"):
+        run(tmp_path, data, model, cfg, earlier=maps["maps"])
+    with pytest.raises(ConfigError, match="--earlier: needed with `hidden_by`"):
+        run(tmp_path, data, model, CONFIG, earlier=maps["maps"])
 
 
 def test_finetuning_refuses_maps_of_another_split(tmp_path, data, model, maps):

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from medmask import cli, io
 from medmask.errors import CheckpointError, ConfigError, DataError, Stopped
 from medmask.models.backbones import build_backbone
-from medmask.models.weights import load_classifier, read_model
+from medmask.models.weights import load_classifier, read_model, read_momenta
 from medmask.stages import finetune, pretrain, training
 from medmask.stages.sides import read_sides
 from medmask.train import lease, signals
@@ -106,6 +107,37 @@ def test_an_initial_model_is_continued(tmp_path, trained, data):
     )
     assert spec.image["channels"] == 1
     assert later.tolist() == seen.tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_two_trainings_are_one_where_the_momenta_go_on(tmp_path, data, optimizer):
+    def train(name, **changes):
+        cfg = settings(order="file", optimizer=optimizer, lr=0.01, **changes)
+        return run(tmp_path / name, data, cfg=cfg, init=start.get("model"))
+
+    start: dict[str, Path] = {}
+    whole = train("whole", epochs=4, keep_optimizer=True)
+    start = train("first", keep_optimizer=True)
+    second, fresh = train("second", optimizer_state="continued", keep_optimizer=True), train("fresh")
+    weights = [read_model(files["model"])[0] for files in (whole, second, fresh)]
+    assert is_same(weights[0], weights[1])
+    assert not is_same(weights[0], weights[2])
+    assert is_same(read_momenta(whole["model"]), read_momenta(second["model"]))
+    load_classifier(start["model"])
+    assert not any(name.startswith("optimizer.") for name in load_file(start["best"]))
+
+
+def test_momenta_that_were_not_kept(tmp_path, trained, data):
+    with pytest.raises(
+        ConfigError, match=r"optimizer_state: .* holds no momenta; train it with `keep_optimizer: true`"
+    ):
+        run(tmp_path, data, cfg=settings(optimizer_state="continued"), init=trained["model"])
+
+
+def test_a_new_head_starts_without_momentum(tmp_path, data):
+    start = run(tmp_path / "a", data, cfg=settings(keep_optimizer=True))
+    three = write_data(tmp_path / "data", n_classes=3)
+    run(tmp_path / "b", three, cfg=settings(optimizer_state="continued"), init=start["model"])
 
 
 def test_other_classes_get_a_new_head_that_does_not_depend_on_the_backbone(tmp_path, trained, caplog):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medmask import io
 from tests.workflow.conftest import ROOT, Workflow, job_stats, tiny
 
 SUMMARY = (
@@ -276,6 +277,26 @@ def test_figures_that_only_some_experiments_have(workflow, change, jobs):
     planned = workflow.jobs(change(tiny()))
     named = ("aggregate", "aggregate_selective", "panels")
     assert {name: count for name, count in planned.items() if name in named} == jobs
+
+
+@pytest.mark.slow
+def test_rounds_of_cumulative_masks_with_continued_momenta(workflow):
+    raw = tiny()
+    raw["masks"] = {"grad": {"method": "gradcam", "needs": {"gpu": 0, "cpus": 1}}}
+    raw["pretrainings"]["base"]["keep_optimizer"] = True
+    rule = {"masks": "grad", "mask_rule": {"kind": "top_k", "strength": 0.1, "cumulative": True}}
+    one = {**raw["finetunings"]["plain"], **rule, "keep_optimizer": True, "optimizer_state": "continued"}
+    raw["finetunings"] |= {"one": one, "two": {**one, "after": "one"}}
+    raw["experiments"]["tiny"] |= {"runs": {"two": {"pretrain": "base", "finetune": "two"}}, "reference": "two"}
+    assert workflow.jobs(raw)["mask"] == 2
+    done = workflow(config=raw)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert workflow.jobs(raw) == {}
+    notes = [
+        note for path in workflow.folder.glob("results/finetune/*/record.json") for note in io.read_json(path)["notes"]
+    ]
+    hidden = sorted(float(re.search(r"hide ([\d.]+)%", note)[1]) for note in notes if note.startswith("masks"))
+    assert 9 < hidden[0] < 12 < hidden[1] < 22  # a tenth, then that and most of another
 
 
 @pytest.mark.slow

@@ -58,9 +58,23 @@ def weights_of(made, role):
     return f"{made.inputs[role].folder}/{'best' if epoch == 'best' else 'model'}.safetensors"
 
 
-def explained(wc):
-    """Input function: the network whose saliency maps are wanted."""
-    return weights_of(artifact("mask", wc.key), "model")
+def data_files(inputs):
+    """Images and split of an artifact, by role."""
+    return {
+        "images": f"{inputs['data'].folder}/images.npy",
+        "index": f"{inputs['data'].folder}/index.npy",
+        "split": f"{inputs['split'].folder}/split.csv",
+        "summary": f"{inputs['split'].folder}/split.json",
+    }
+
+
+def mask_inputs(wc):
+    """Input function: data, the network whose saliency maps are wanted, and the maps of the rounds before."""
+    made = artifact("mask", wc.key)
+    named = data_files(made.inputs) | {"model": weights_of(made, "model")}
+    if "earlier" in made.inputs:
+        named["earlier"] = f"{made.inputs['earlier'].folder}/maps.safetensors"
+    return named
 
 
 def settings(stage):
@@ -75,10 +89,7 @@ def training_inputs(stage):
         made = artifact(stage, wc.key)
         inputs, named = made.inputs, {}
         if "data" in inputs:
-            named["images"] = f"{inputs['data'].folder}/images.npy"
-            named["index"] = f"{inputs['data'].folder}/index.npy"
-            named["split"] = f"{inputs['split'].folder}/split.csv"
-            named["summary"] = f"{inputs['split'].folder}/split.json"
+            named |= data_files(inputs)
             named["labels"] = f"{inputs['noise'].folder}/labels.csv"
         if "masks" in inputs:
             named["maps"] = f"{inputs['masks'].folder}/maps.safetensors"

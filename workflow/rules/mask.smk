@@ -1,11 +1,7 @@
 # Saliency maps of a network, once for all rules and strengths of the finetunings that use them.
 rule mask:
     input:
-        images=upstream("mask", "data", "images.npy"),
-        index=upstream("mask", "data", "index.npy"),
-        split=upstream("mask", "split", "split.csv"),
-        summary=upstream("mask", "split", "split.json"),
-        model=explained,
+        unpack(mask_inputs),
     output:
         maps="results/mask/{key}/maps.safetensors",
         record="results/mask/{key}/record.json",
@@ -16,8 +12,8 @@ rule mask:
         **needs("mask"),
     params:
         config=settings("mask"),
+        files=training_flags,
         work="work/mask-{key}",
     shell:
-        "python -m medmask mask --config {params.config:q} --images {input.images:q} --index {input.index:q}"
-        " --split {input.split:q} --summary {input.summary:q} --model {input.model:q} --work-dir {params.work:q}"
+        "python -m medmask mask --config {params.config:q} {params.files} --work-dir {params.work:q}"
         " --maps {output.maps:q} --record {output.record:q} 2>&1 | tee -i {log:q}"
