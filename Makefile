@@ -24,7 +24,7 @@ demo: setup
 	@echo "The report is at results/demo/report.html, the table at results/demo/table.md. To go on:"
 	@echo "  source $(BIN)/activate"
 	@echo "  python -m medmask plan --configfile config/papers/noisy_labels_small.yaml"
-	@echo "  snakemake --profile profiles/local --configfile config/papers/noisy_labels_small.yaml"
+	@echo "  snakemake --profile profiles/local --configfile config/papers/noisy_labels_small.yaml --config data_root=DATA"
 
 test: setup
 	$(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile

@@ -144,10 +144,13 @@ class Builder:
     def masks(self, block: Finetuning, cell: Cell, seed: int, model: Artifact) -> Artifact:
         """Saliency maps of the starting network, after those of the rounds before where masks are cumulative."""
         maps = self.blocks.block("mask", str(block.masks), cell.changes("mask"), cell.where())
-        inputs = {**{role: a for role, a in self.data(cell, seed).items() if role != "noise"}, "model": model}
-        hidden_by = None
-        if block.mask_rule is not None and block.mask_rule.cumulative and "masks" in model.inputs:
-            inputs["earlier"], hidden_by = model.inputs["masks"], MaskRule(**model.settings["mask_rule"])
+        where = cell.with_blocks(**block.data.model_dump()) if block.data is not None else cell
+        inputs = {**{role: a for role, a in self.data(where, seed).items() if role != "noise"}, "model": model}
+        assert block.mask_rule is not None
+        before, hidden_by = round_before(model, inputs["split"]), None
+        if block.mask_rule.cumulative and before is not None:
+            rule = {**before.settings["mask_rule"], "cumulative": True}
+            inputs["earlier"], hidden_by = before.inputs["masks"], MaskRule(**rule)
             if hidden_by != block.mask_rule:
                 raise ConfigError(
                     f"finetunings.{cell.finetune}.mask_rule: cumulative masks need one rule in all rounds, and "
@@ -250,6 +253,16 @@ def refuse_lost_momenta(block: Finetuning, init: Artifact | None, where: str) ->
             f"{where}.optimizer_state: to be continued it needs a start from the last epoch of a training with "
             "`keep_optimizer: true` and the same `optimizer`"
         )
+
+
+def round_before(network: Artifact | None, split: Artifact) -> Artifact | None:
+    """The newest training, of these and those it started from, that has hidden parts of the images of this split."""
+    while network is not None:
+        masks = network.inputs.get("masks")
+        if masks is not None and masks.inputs["split"].digest == split.digest:
+            return network
+        network = network.inputs.get("init")
+    return None
 
 
 def before_masks(network: Artifact) -> Artifact:

@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 from medmask import io
-from medmask.config.finetuning import SaliencyMaps
 from medmask.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -26,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", type=Path, metavar="FOLDER", help="write masks and masked images there instead")
     parser.add_argument("--side", choices=SIDES, default="train", help="side of the split they are from (train)")
     parser.add_argument("--seed", type=int, default=0, help="names the drawing of the images (0)")
-    parser.add_argument("--method", choices=("xgradcam", "gradcam"), default="xgradcam", help="(xgradcam)")
-    parser.add_argument("--layer", default="last_relu", help="activation that is explained (last_relu)")
+    parser.add_argument("--method", choices=("xgradcam", "gradcam"), help="(that of the run's masks, or xgradcam)")
+    parser.add_argument("--layer", help="activation that is explained (that of the run's masks, or last_relu)")
 
 
 def count(text: str) -> int | str:
@@ -57,7 +56,8 @@ def main(args: argparse.Namespace) -> int:
     if args.n == "all":
         raise ConfigError("-n: all is for --masks; a figure needs a number of images")
     rows = looks.choose_rows(trained.rows((args.side,)), args.n or SHOWN, args.seed)
-    explained = SaliencyMaps(method=args.method, layer=args.layer)
+    asked = {name: value for name in ("method", "layer") if (value := getattr(args, name)) is not None}
+    explained = trained.explained.model_copy(update=asked)
     with_masks = trained.is_masked and args.side == "train"
     figure = draw_panels(*looks.compare(trained, other, trained.model, rows, explained, with_masks=with_masks))
     out = args.out or args.run / "explain.png"
@@ -69,11 +69,7 @@ def main(args: argparse.Namespace) -> int:
 
 def write_mask_files(args: argparse.Namespace) -> int:
     """Write the masks of the images that a finetuning was trained on."""
-    for name, default in (
-        *(("against", None), ("out", None), ("side", "train")),
-        ("method", "xgradcam"),
-        ("layer", "last_relu"),
-    ):
+    for name, default in {"against": None, "out": None, "side": "train", "method": None, "layer": None}.items():
         if getattr(args, name) != default:
             raise ConfigError(f"--{name}: not together with --masks, which writes those of the training images")
     from medmask.saliency import looks

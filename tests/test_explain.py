@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from medmask import cli
 from medmask.config.finetuning import MaskRule
-from medmask.saliency import panels
+from medmask.saliency import looks, panels
 from medmask.saliency.looks import choose_rows
 from medmask.saliency.masks import Masks
 from tests.toy import train_masked, write_data
@@ -41,6 +42,25 @@ def test_five_panels(runs, monkeypatch):
     assert 0 < float((masks == 0).float().mean()) < 0.5
     assert [text[0] for text in texts] == ["c0", "c1", "c0", "c1"]
     assert Image.open(runs / "finetune/masked/explain.png").size[0] > 5 * 150
+
+
+def test_maps_are_made_as_those_of_the_masks_were(runs, monkeypatch, tmp_path):
+    made = runs / "mask/maps/config.json"
+    before = made.read_text()
+    asked = []
+    monkeypatch.setattr(looks, "compare", lambda *args, **_: asked.append(args[4]) or [None] * 5)
+    monkeypatch.setattr(panels, "draw_panels", lambda *args: Figure())
+    changed = json.loads(before)
+    changed["config"] |= {"layer": "backbone.9", "target": "predicted", "epsilon": 1e-7}
+    made.write_text(json.dumps(changed))
+    try:
+        for more in ([], ["--layer", "backbone.6"]):
+            assert cli.main(["explain", str(runs / "finetune/masked"), "--out", str(tmp_path / "x.png"), *more]) == 0
+    finally:
+        made.write_text(before)
+    assert [(cfg.layer, cfg.target, cfg.epsilon) for cfg in asked] == [
+        ("backbone.9", "predicted", 1e-7), ("backbone.6", "predicted", 1e-7),
+    ]  # fmt: skip
 
 
 def test_without_masks_and_against_another_run(runs, monkeypatch, tmp_path):

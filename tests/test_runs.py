@@ -177,6 +177,33 @@ def test_cumulative_masks_have_one_rule():
         plan_of(rounds(later={"mask_rule": {"kind": "mean", "cumulative": True}}))
 
 
+def test_a_round_without_masks_between_two_changes_nothing():
+    raw = rounds(later={"after": "between"})
+    raw["finetunings"]["between"] = {**raw["finetunings"]["plain"], "after": "one"}
+    (run,) = plan_of(raw).runs["e"]
+    between = run.artifacts["finetune"].inputs["init"]
+    assert "masks" not in between.inputs
+    assert run.artifacts["mask"].inputs["earlier"] is between.inputs["init"].inputs["masks"]
+
+
+def test_the_first_round_need_not_say_that_a_later_one_is_cumulative():
+    raw = rounds({"kind": "top_k"}, later={"mask_rule": {"kind": "top_k", "cumulative": True}})
+    (run,) = plan_of(raw).runs["e"]
+    assert run.artifacts["mask"].inputs["earlier"] is run.artifacts["finetune"].inputs["init"].inputs["masks"]
+
+
+def test_masks_are_of_the_data_of_their_finetuning():
+    raw = rounds()
+    raw["datasets"]["other"] = {"reader": "mnist", "folder": "mnist"}
+    raw["splits"]["given"] = {"kind": "folders"}
+    for name in ("one", "two"):
+        raw["finetunings"][name]["data"] = {"dataset": "other", "split": "given"}
+    (run,) = plan_of(raw).runs["e"]
+    tuned, mask = run.artifacts["finetune"], run.artifacts["mask"]
+    assert mask.inputs["data"] is tuned.inputs["data"]
+    assert mask.inputs["data"].key.startswith("mnist")
+
+
 def continued(start=None, **changes):
     raw = small()
     raw["pretrainings"]["base"] |= {"keep_optimizer": True, **(start or {})}

@@ -255,7 +255,9 @@ class SaliencyMaps(Block):
 
     method: Literal["xgradcam", "gradcam"]
     layer: Name = Field("last_relu", description="activation that is explained: the last one before pooling, or a name")
-    target: Literal["true", "predicted"] = Field("true", description="class that is explained")
+    target: Literal["true", "predicted"] = Field(
+        "true", description="class that is explained; true: as the dataset has it, whatever the label noise"
+    )
     checkpoint: Checkpoint = Field("last", description="epoch of the network that is explained: its last, or best one")
     epsilon: Float = Field(
         1e-8, ge=0, description="xgradcam: added to the sum of a channel; 1e-8 in torchcam, 1e-7 in pytorch-grad-cam"

@@ -4,7 +4,7 @@ The pack of a dataset with a shortcut holds every image twice: image i without i
 A split then names one of the two rows of a training image, and the test sets share the rows of the test images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,8 @@ def with_cues(source: Source, shortcut: Shortcut, resize: int | None) -> Source:
 
     Raises
     ------
-    ConfigError : `rate` names an unknown class; when loaded, a cue that is larger than its image.
+    ConfigError : when loaded, a cue that is larger than its image.
     """
-    for name in shortcut.rate:
-        lookup(dict.fromkeys(source.classes), name, "data.shortcut.rate")
     n = len(source.table)
     rows = list(source.table.index)
     plain = source.table.set_axis(range(n))
@@ -41,6 +39,21 @@ def with_cues(source: Source, shortcut: Shortcut, resize: int | None) -> Source:
     return replace(source, table=pd.concat([plain, cued]), load=load)
 
 
+def with_all_rates(shortcut: Shortcut, classes: Sequence[str]) -> Shortcut:
+    """The same with a rate for each class, 0 where none is named.
+
+    Raises
+    ------
+    ConfigError : `rate` names an unknown class, or is the same for all.
+    """
+    for name in shortcut.rate:
+        lookup(dict.fromkeys(classes), name, "data.shortcut.rate")
+    rates = {name: shortcut.rate.get(name, 0.0) for name in classes}
+    if len({*rates.values()}) < 2:
+        raise ConfigError(f"data.shortcut.rate: need rates that differ between classes, got {rates}")
+    return shortcut.model_copy(update={"rate": rates})
+
+
 def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
     """A copy of an RGB image with the cue; `number` names the draw of a random place."""
     height, width = pixels.shape[:2]
@@ -50,6 +63,11 @@ def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
         raise ConfigError(f"data.shortcut.size: the cue of {what} is larger than image {number} ({width} x {height})")
     changed, area = pixels.copy(), cue_area(shortcut, height, width, number)
     if shortcut.second:  # as aliasgharkhani/Masktune has it
+        if 2 * (shortcut.size + shortcut.margin) > width:
+            raise ConfigError(
+                f"data.shortcut.second: two cues of {shortcut.size} pixels, {shortcut.margin} from the edges, do not "
+                f"fit side by side into image {number} ({width} x {height})"
+            )
         changed[area[:, ::-1]] = shortcut.colour[::-1]
     changed[area] = shortcut.colour
     return changed

@@ -47,8 +47,19 @@ class Trained:
         """The network that its masks were made from; without masks the one that it started from, if any."""
         if not self.is_masked:
             return self.files.get("init")
-        record = io.read_json(self.files["maps"].with_name("config.json"))
-        return self.files["maps"].parents[3] / record["inputs"]["model"]
+        return self.files["maps"].parents[3] / self.maps_record["inputs"]["model"]
+
+    @property
+    def maps_record(self) -> dict[str, Any]:
+        """What was written of the settings and inputs of its saliency maps."""
+        return io.read_json(self.files["maps"].with_name("config.json"))
+
+    @property
+    def explained(self) -> SaliencyMaps:
+        """How the maps of its masks were made; XGradCAM of the last activation where it has none."""
+        known = SaliencyMaps.model_fields.keys() - {"checkpoint", "needs"}
+        made = self.maps_record["config"] if self.is_masked else {"method": "xgradcam"}
+        return SaliencyMaps.model_validate({name: value for name, value in made.items() if name in known})
 
     def load(self, weights: Path) -> tuple[Classifier, Image]:
         """A network, which must know as many classes as the split has, and how it is given its images."""

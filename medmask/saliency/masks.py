@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +31,15 @@ def mean(maps: Tensor, strength: float) -> Tensor:
 
 
 def official(maps: Tensor, strength: float) -> Tensor:
-    """Hide what is above mean + 2 sd, population sd, of the positive values of its map; `strength` is not used."""
+    """Hide what is above mean + 2 sd, population sd, of the positive values of its map; `strength` is not used.
+
+    Of five values or fewer none lies above; with five it may equal the sum, and rounding must not decide.
+    """
     positive = maps > 0
     count = positive.sum((1, 2), keepdim=True).clamp(min=1)
     middle = maps.sum((1, 2), keepdim=True) / count
     variance = ((maps - middle) ** 2 * positive).sum((1, 2), keepdim=True) / count
-    return maps > middle + 2 * variance.sqrt()
+    return (maps > middle + 2 * variance.sqrt()) & (count > 5)
 
 
 RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -94,16 +98,19 @@ class Masks:
     Parameters
     ----------
     file : what the stage mask has written. positions : (n,) the images to hide parts of, in the pack.
-    seed : names the draws of the rule `random`.
+    seed : names the draws of the rule `random`. digests : (m,) int64, of the pixels of these images and of any others,
+        as `data.tables.short_digests` has them; None: not compared.
 
     Raises
     ------
-    DataError : the file has no map for some of the images, or cannot be read.
+    DataError : the file has no map for some of the images, is of others, or cannot be read.
     """
 
-    def __init__(self, file: Path, rule: MaskRule, positions: np.ndarray, seed: int) -> None:
+    def __init__(
+        self, file: Path, rule: MaskRule, positions: np.ndarray, seed: int, digests: np.ndarray | None = None
+    ) -> None:
         self.rule, self.seed = rule, seed
-        self.rounds, places = read_maps(file)
+        self.rounds, places, images = read_maps(file)
         missing = positions[~np.isin(positions, places)]
         if len(missing):
             raise DataError(
@@ -112,6 +119,10 @@ class Masks:
             )
         self.row_of = np.full(int(places.max()) + 2, -1)
         order = np.isin(places, positions)
+        if images is not None and digests is not None and not np.isin(images[order], digests).all():
+            raise DataError(
+                f"{file}: its saliency maps are of other images than the training's; it is of another dataset"
+            )
         self.row_of[places[order]] = np.flatnonzero(order)
 
     def __call__(self, positions: np.ndarray, height: int, width: int) -> Tensor:
@@ -133,7 +144,7 @@ class Masks:
         if self.rule.kind == "cutout":
             return [f"masks (cutout) hide one square in each of {int((self.row_of >= 0).sum())} training images"]
         used = self.rounds[:, torch.from_numpy(self.row_of[self.row_of >= 0])]
-        empty = int((used[-1].flatten(1).amax(1) == 0).sum())
+        empty = int((used.flatten(2).amax((0, 2)) == 0).sum())
         height, width = used.shape[2:]
         rule = self.rule.model_copy(update={"resolution": "map"})
 
@@ -147,20 +158,31 @@ class Masks:
         return notes + [f"{empty} saliency maps are all zero: these images are kept whole"] * (empty > 0)
 
 
-def read_maps(file: Path) -> tuple[Tensor, np.ndarray]:
-    """Maps (rounds, n, h, w) float16, the newest last, and the positions (n,) of their images in the pack.
+class SavedMaps(NamedTuple):
+    """What the stage mask has written; there is more than one round where masks are cumulative.
 
-    There is more than one round where masks are cumulative.
+    rounds : (rounds, n, h, w) float16, the newest last. positions : (n,) int64, of the images in the pack.
+    images : (n,) int64, digests of their pixels; None in files of older versions.
     """
+
+    rounds: Tensor
+    positions: np.ndarray
+    images: np.ndarray | None
+
+
+def read_maps(file: Path) -> SavedMaps:
+    """Read saliency maps; DataError where they are none."""
     try:
         with safe_open(file, framework="pt") as content:
             maps, positions = content.get_tensor("maps")[None], content.get_tensor("positions").numpy()
-            if "earlier" in content.keys():  # noqa: SIM118  # this is no dict
+            names = content.keys()
+            if "earlier" in names:
                 maps = torch.cat([content.get_tensor("earlier"), maps])
+            images = content.get_tensor("images").numpy() if "images" in names else None
     except (SafetensorError, OSError, RuntimeError) as error:
         raise DataError(f"{file}: cannot be read as saliency maps: {error}") from error
     if maps.dim() != 4 or maps.shape[1] != len(positions):
         raise DataError(
             f"{file}: need maps (n, h, w) and as many positions, got {tuple(maps.shape[1:])}, {len(positions)}"
         )
-    return maps, positions
+    return SavedMaps(maps, positions, images)

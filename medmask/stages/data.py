@@ -11,7 +11,7 @@ from medmask import io
 from medmask.config.data import Dataset
 from medmask.data.pack import write_pack
 from medmask.data.readers import read_source
-from medmask.data.shortcut import with_cues
+from medmask.data.shortcut import with_all_rates, with_cues
 from medmask.data.tables import Source
 from medmask.errors import DataError
 
@@ -36,20 +36,21 @@ def run(cfg: Dataset, *, data_root: Path, manifest: Path, images: Path, index: P
         )
     log.info("%s: %d images, %d classes", cfg.reader, len(source.table), len(source.classes))
     n = len(source.table)
-    if cfg.shortcut is not None:
-        source = with_cues(source, cfg.shortcut, cfg.resize)
+    shortcut = None if cfg.shortcut is None else with_all_rates(cfg.shortcut, source.classes)
+    if shortcut is not None:
+        source = with_cues(source, shortcut, cfg.resize)
     facts = write_pack(source, images, index, cfg.resize)
     table = source.table.join(facts)
     table["label"] = table["class_name"].map({name: label for label, name in enumerate(source.classes)})
     table["split_hint"] = hints(source)
     columns = list(COLUMNS)
-    if cfg.shortcut is not None:
+    if shortcut is not None:
         table["has_cue"] = (np.arange(len(table)) >= n).astype(int)
         columns.append("has_cue")
     table[columns].to_csv(manifest, index=False, lineterminator="\n")
     about = summarise(cfg, source, table[:n])
-    if cfg.shortcut is not None:
-        about["shortcut"] = cfg.shortcut.model_dump(mode="json")
+    if shortcut is not None:
+        about["shortcut"] = shortcut.model_dump(mode="json")
     io.write_json(dataset, about)
 
 

@@ -16,8 +16,9 @@ from medmask import io
 from medmask.config.finetuning import Explanation
 from medmask.config.training import Image
 from medmask.data.pack import Pack
-from medmask.data.tables import read_split
+from medmask.data.tables import read_split, short_digests
 from medmask.errors import ConfigError, DataError
+from medmask.stages.evaluate import check_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +50,13 @@ def run(
     from medmask.saliency.masks import Masks
     from medmask.train.checkpoint import fingerprint
 
-    rows, classes = read_split(split, summary, ("position",), len(Pack.open(images, index)))
+    rows, classes = read_split(split, summary, ("position", "sha256"), len(Pack.open(images, index)))
     rows = rows[rows["side"].isin(SIDES)]
     if rows.empty:
         raise DataError(f"{split}: no images on the sides {' and '.join(SIDES)}")
     positions, labels = rows["position"].to_numpy(), torch.tensor(rows["label"].to_numpy())
-    network, spec, _ = load_classifier(model, len(classes))
+    network, spec, _ = load_classifier(model)
+    check_classes(spec, classes, model, summary)
     device = pick_device(cfg.needs)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if (cfg.hidden_by is None) != (earlier is None):
@@ -92,7 +94,11 @@ def run(
         "device": str(device),
         "notes": [f"{empty} of {len(whole)} saliency maps are all zero"] * (empty > 0),
     }
-    tensors = {"maps": whole, "positions": torch.from_numpy(positions.astype(np.int64))}
+    tensors = {
+        "maps": whole,
+        "positions": torch.from_numpy(positions.astype(np.int64)),
+        "images": torch.from_numpy(short_digests(rows["sha256"])),
+    }
     save_file(tensors | ({"earlier": earlier_rounds(earlier, positions, whole)} if earlier else {}), maps)
     io.write_json(record, facts)
     log.info("%s of %s: %d maps, %d computed in %.1f s", cfg.method, name, len(whole), done, facts["seconds"])
@@ -102,7 +108,7 @@ def earlier_rounds(file: Path, positions: np.ndarray, maps: "Tensor") -> "Tensor
     """Maps (rounds, n, h, w) of the rounds before, which must be of the same images and size as these (n, h, w)."""
     from medmask.saliency.masks import read_maps
 
-    rounds, places = read_maps(file)
+    rounds, places, _ = read_maps(file)
     if not np.array_equal(places, positions) or rounds.shape[1:] != maps.shape:
         raise DataError(
             f"{file}: cumulative masks need the same images and the same layer in all rounds; it has maps "

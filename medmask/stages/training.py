@@ -77,6 +77,7 @@ class Start:
     spec: ModelSpec
     seen: np.ndarray
     notes: list[str]
+    has_new_head: bool
 
 
 def train(
@@ -90,7 +91,7 @@ def train(
     start = start_network(cfg, files.init, classes)
     with distributed(cfg.needs.gpu > 0) as ctx:
         check_ranks(cfg, ctx.world)
-        masks = read_masks(cfg, files.maps, sides["train"])
+        masks = read_masks(cfg, files, sides["train"], digests)
         reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed, masks)
         teacher = read_teacher(files.teacher, start.spec)
         data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher, weights)
@@ -99,7 +100,9 @@ def train(
         checkpointer = Checkpointer(work_dir, fingerprint(cfg, inputs), check)
         method = build_method(cfg.method, start.network, cfg)
         goes_on = getattr(cfg, "optimizer_state", "fresh") == "continued"
-        momenta = read_momenta(files.init) if files.init and goes_on else None
+        momenta = read_momenta(files.init) if files.init and goes_on else {}
+        if start.has_new_head:
+            momenta = {name: value for name, value in momenta.items() if not name.startswith("head.")}
         state = fit(cfg, method, data, Execution(ctx, checkpointer, work_dir, checkpoint_min, stop), momenta)
         if ctx.is_main:
             write_models(cfg, files, start, state, method, np.union1d(digests, start.seen))
@@ -116,12 +119,26 @@ def train(
         ctx.barrier()
 
 
-def read_masks(cfg: Any, maps: Path | None, train: Rows) -> Masks | None:
+def read_masks(cfg: Any, files: Files, train: Rows, digests: np.ndarray) -> Masks | None:
     """The masks of the training images, where the settings have a rule for them."""
     rule = getattr(cfg, "mask_rule", None)
-    if (rule is None) != (maps is None):
+    if (rule is None) != (files.maps is None):
         raise ConfigError("--maps: needed with `mask_rule`, and only there")
-    return None if rule is None or maps is None else Masks(maps, rule, train.positions, cfg.seed)
+    if rule is None or files.maps is None:
+        return None
+    if cfg.image is not None and files.init is not None:
+        own, explained = ({"size": image.size, "resize": image.resize} for image in (cfg.image, image_of(files.init)))
+        if own != explained:
+            raise ConfigError(
+                f"image: masks are of the images as the starting network is given them, {explained}, not {own}; "
+                "leave `image` out to take its settings"
+            )
+    return Masks(files.maps, rule, train.positions, cfg.seed, digests)
+
+
+def image_of(model: Path) -> Image:
+    """How the network of a model file is given its images."""
+    return Image.model_validate(read_model(model)[1].image)
 
 
 def tidy(work_dir: Path) -> None:
@@ -146,7 +163,7 @@ def read_teacher(path: Path | None, spec: ModelSpec) -> Classifier | None:
 def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:
     """Build the classifier: backbone and, where it fits, head from `init`; the rest drawn from the seed."""
     state: dict[str, Tensor] = {}
-    spec, seen, notes = None, np.empty(0, dtype=np.int64), []
+    spec, seen, notes, has_new_head = None, np.empty(0, dtype=np.int64), [], True
     if init is not None:
         state, spec, seen = read_model(init)
         if cfg.backbone not in (None, spec.backbone):
@@ -161,14 +178,15 @@ def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:
     network = Classifier(backbone, build_head(head, width=width_of(backbone), n_classes=len(classes)))
     if spec is not None:
         load_strictly(backbone, part_of(state, "backbone."), f"{init}, backbone")
-        if spec.head == head and spec.classes == classes:
+        has_new_head = spec.head != head or spec.classes != classes
+        if not has_new_head:
             load_strictly(network.head, part_of(state, "head."), f"{init}, head")
         else:
             notes.append("a new head, since classes or head differ from those of the starting weights")
             log.info("%s: %s", init, notes[-1])
     freeze_stages(backbone, getattr(cfg, "freeze", "none"))
     spec = ModelSpec(name, head, len(classes), classes, image.model_dump(mode="json"), epoch=0)
-    return Start(network, spec, seen, notes)
+    return Start(network, spec, seen, notes, has_new_head)
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def momenta_of(network: nn.Module, optimizers: Mapping[str, optim.Optimizer]) ->
 def set_momenta(network: nn.Module, optimizers: Mapping[str, optim.Optimizer], momenta: Mapping[str, Tensor]) -> None:
     """Let the optimizers go on with `momenta_of` another training of the same network; what fits no parameter is left.
 
-    A parameter that was frozen before, or whose shape differs (a new head), starts without momentum.
+    A parameter that has none, because it was frozen or its layer is new, starts without momentum.
     """
     names = {parameter: name for name, parameter in network.named_parameters()}
     for optimizer in optimizers.values():
@@ -45,7 +45,7 @@ def set_momenta(network: nn.Module, optimizers: Mapping[str, optim.Optimizer], m
             for parameter in group["params"]:
                 start = f"{names.get(parameter)}."
                 own = {name.removeprefix(start): value for name, value in momenta.items() if name.startswith(start)}
-                if own and all(value.dim() == 0 or value.shape == parameter.shape for value in own.values()):
+                if own:
                     optimizer.state[parameter] = {
                         entry: value.clone() if value.dim() == 0 else torch.empty_like(parameter.detach()).copy_(value)
                         for entry, value in own.items()

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from medmask import cli
 from medmask.config.data import Shortcut
 from medmask.data.pack import Pack
-from medmask.data.shortcut import cue_area, draw_carriers, draw_cue, place_cues
+from medmask.data.shortcut import cue_area, draw_carriers, draw_cue, place_cues, with_all_rates
+from medmask.errors import ConfigError
 
 RATE = {"a": 0.9, "b": 0.1}
 
@@ -112,10 +113,19 @@ def test_three_classes_split_at_the_middle_of_the_rates():
     assert Shortcut(rate={"a": 0.2}).is_frequent("a")
 
 
-@pytest.mark.parametrize("rate", [{}, {"a": 0.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.5}])
+@pytest.mark.parametrize("rate", [{}, {"a": 0.0}, {"a": -0.1, "b": 0.5}])
 def test_rates_that_say_nothing_are_refused(rate):
     with pytest.raises(ValidationError):
         Shortcut(rate=rate)
+
+
+def test_a_class_that_is_not_named_has_rate_0():
+    named = with_all_rates(Shortcut(rate={"a": 0.9, "b": 0.5}), ["b", "a", "c"])
+    assert named.rate == {"b": 0.5, "a": 0.9, "c": 0.0}
+    assert [named.is_frequent(name) for name in "abc"] == [True, True, False]  # the middle is at 0.45
+    assert with_all_rates(Shortcut(rate={"a": 0.5, "b": 0.5}), ["a", "b", "c"]).rate["c"] == 0
+    with pytest.raises(ConfigError, match="rate: need rates that differ between classes"):
+        with_all_rates(Shortcut(rate={"a": 0.5, "b": 0.5}), ["a", "b"])
 
 
 def test_from_files_to_a_split(tmp_path):

@@ -51,8 +51,8 @@ def test_equal_weights_are_plain_training(tmp_path):
 
 
 def test_weighted_training_goes_on_with_the_same_bits(tmp_path):
-    data, cfg = toy_data(tmp_path, flip_every=3), settings(**REWEIGHT, epochs=2, batch_size=10)
+    data, cfg = toy_data(tmp_path, flip_every=3), settings(**REWEIGHT, epochs=2, batch_size=5)
     whole, _ = run_fit(cfg, data, tmp_path / "whole", with_memory=True)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match="after step 3 of"):  # in the first epoch
         run_fit(cfg, data, tmp_path / "parts", stop=StopAfter(2))
     assert is_same(whole, run_fit(cfg, data, tmp_path / "parts", with_memory=True)[0])

@@ -87,13 +87,14 @@ def test_a_tiny_set_is_learned_by_heart(name, tmp_path):
     assert state.last["loss"] < (0.3 if name == "refurbish" else 0.1)  # its soft labels keep some of early predictions
 
 
-def test_four_steps_are_two_and_two(name, tmp_path):
-    cfg = settings(method=name, epochs=2, batch_size=10)  # 2 steps an epoch
-    data = toy_data(tmp_path)
-    whole, _ = run_fit(cfg, data, tmp_path / "whole")
-    with pytest.raises(Stopped):
+def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(name, tmp_path):
+    cfg = settings(method=name, epochs=2, batch_size=5, momentum=0.9)
+    data = toy_data(tmp_path, flip_every=3)
+    whole, state = run_fit(cfg, data, tmp_path / "whole", with_memory=True)
+    with pytest.raises(Stopped, match=rf"after step 3 of {state.step}"):
         run_fit(cfg, data, tmp_path / "parts", stop=StopAfter(2))
-    assert is_same(whole, run_fit(cfg, data, tmp_path / "parts")[0])
+    assert state.step // 2 > 3
+    assert is_same(whole, run_fit(cfg, data, tmp_path / "parts", network=tiny_network(seed=9), with_memory=True)[0])
 
 
 def test_unknown_names_are_refused_with_the_choices():

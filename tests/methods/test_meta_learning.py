@@ -1,6 +1,7 @@
 """Weights, trusts and targets by hand, and the whole step against the definition."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,22 +194,28 @@ def test_hard_blends():
     assert blend_hard(given, predicted, trust, "index").argmax(1).tolist() == [1, 0, 2]  # 1.5, 0.5, 2
 
 
-VARIANTS = {
-    "reweight": {"method": "reweight", "weights": "sigmoid"},
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clamp": {"method": "reweight"},
+    "sigmoid": {"method": "reweight", "weights": "sigmoid"},
+    "hard": {"method": "refurbish", "targets": "hard"},
     "soft": {"method": "refurbish"},
+    "proposal": {"method": "proposal"},
     "proposal soft": {"method": "proposal", "targets": "soft"},
-    "published proposal": {"method": "proposal", "mode": "as_published", "meta": {"size": 3}},
     "upper bound": {"method": "upper_bound", "workers": 1},
+    "upper bound soft": {"method": "upper_bound", "targets": "soft"},
 }
+PUBLISHED = {"mode": "as_published", "meta": {"size": 3}}
+VARIANTS |= {f"published {name}": {**block, **PUBLISHED} for name, block in VARIANTS.items()}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("stop_at", [2, 4])
+@pytest.mark.parametrize("stop_at", [2, 6])  # stopped a step later: in the first epoch and in the second
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path, name, stop_at):
-    cfg = settings(**{"epochs": 3, "batch_size": 8, "momentum": 0.9, **VARIANTS[name]})
+    cfg = settings(**{"epochs": 3, "batch_size": 5, "momentum": 0.9, **VARIANTS[name]})
     data = toy_data(tmp_path / "data", augment=Augment(flip=0.5, rotate=10), flip_every=3)
-    whole, _ = run_fit(cfg, data, tmp_path / "whole", with_memory=True)
-    with pytest.raises(Stopped):
+    whole, state = run_fit(cfg, data, tmp_path / "whole", with_memory=True)
+    assert (stop_at + 1) % (state.step // 3)  # not at an epoch's end
+    with pytest.raises(Stopped, match=f"after step {stop_at + 1} of"):
         run_fit(cfg, data, tmp_path / "parts", stop=StopAfter(stop_at))
     resumed, _ = run_fit(cfg, data, tmp_path / "parts", network=tiny_network(seed=9), with_memory=True)
     assert is_same(whole, resumed)

@@ -108,6 +108,24 @@ def test_masks_belong_to_images(file):
     assert only(np.array([4]), 2, 2).min() == 1  # has a map, but is not trained on
 
 
+def test_an_image_is_kept_whole_where_the_maps_of_all_rounds_are_zero(tmp_path):
+    tensors = {"maps": MAPS.half(), "earlier": MAPS.flip(0)[None].half(), "positions": torch.tensor([4, 2])}
+    save_file(tensors, tmp_path / "maps.safetensors")
+    rule = MaskRule(kind="top_k", strength=0.25, cumulative=True)
+    masks = Masks(tmp_path / "maps.safetensors", rule, np.array([4, 2]), seed=0)
+    assert masks.notes() == ["masks (top_k 0.25) hide 25.0% of the cells of 2 training images"]
+    assert masks(np.array([2, 4]), 2, 2).flatten(1).tolist() == [[1, 1, 1, 0]] * 2
+
+
+def test_maps_of_another_dataset_are_refused(tmp_path):
+    file = tmp_path / "maps.safetensors"
+    save_file({"maps": MAPS.half(), "positions": torch.tensor([4, 2]), "images": torch.tensor([40, 20])}, file)
+    rule = MaskRule(kind="top_k")
+    Masks(file, rule, np.array([2]), 0, np.array([10, 20]))
+    with pytest.raises(DataError, match="of other images than the training's; it is of another dataset"):
+        Masks(file, rule, np.array([2, 4]), 0, np.array([10, 20]))
+
+
 def test_maps_of_another_split_are_refused(file):
     with pytest.raises(DataError, match=r"no saliency map for 2 of 3 .*\(first: position 5\).*another split"):
         Masks(file, MaskRule(kind="top_k"), np.array([4, 5, 7]), seed=0)

@@ -104,6 +104,10 @@ def test_bad_images_leave_nothing_new(tree, tmp_path, capsys):
             {"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}, "size": 3, "margin": 1}},
             "the cue of 3 pixels and its margins of 1 is larger than image 0 (4 x 8)",
         ),
+        (
+            {"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.0}, "size": 3, "second": True}},
+            "shortcut.second: two cues of 3 pixels, 0 from the edges, do not fit side by side into image 0 (4 x 8)",
+        ),
         ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"c": 1.0}}}, "shortcut.rate: unknown name 'c'"),
         ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 0.2, "b": 0.2}}}, "need rates that differ"),
         ({"reader": "folders", "folder": "set", "shortcut": {"rate": {"a": 1.2}}}, "data.shortcut.rate.a"),

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from medmask import io
 from medmask.config.finetuning import Explanation, MaskRule
+from medmask.config.training import Image
 from medmask.data.images import ImageReader
-from medmask.errors import ConfigError, DataError
+from medmask.errors import CheckpointError, ConfigError, DataError
 from medmask.models.weights import load_classifier, read_model, save_model
 from medmask.saliency.maps import Explainer
 from medmask.saliency.masks import Masks, hide_salient
@@ -151,6 +152,19 @@ def test_rounds_of_other_layers_are_refused(tmp_path, data, model, maps):
         run(tmp_path, data, model, cfg, earlier=maps["maps"])
     with pytest.raises(ConfigError, match="--earlier: needed with `hidden_by`"):
         run(tmp_path, data, model, CONFIG, earlier=maps["maps"])
+
+
+def test_other_classes_of_the_same_number_are_refused(tmp_path, data, model):
+    summary = tmp_path / "split.json"
+    summary.write_text('{"classes": ["c1", "c0"]}')
+    with pytest.raises(CheckpointError, match=r"trained for the classes c0, c1, but .* has c1, c0"):
+        run(tmp_path / "x", {**data, "summary": summary}, model)
+
+
+def test_masks_are_of_the_images_as_they_were_explained(tmp_path, data, model, maps):
+    cfg = masked().model_copy(update={"image": Image(size=28, resize=32, channels=1)})
+    with pytest.raises(ConfigError, match="image: masks are of the images as the starting network is given them"):
+        train(tmp_path, data, finetune, cfg, init=model, maps=maps["maps"])
 
 
 def test_finetuning_refuses_maps_of_another_split(tmp_path, data, model, maps):

@@ -33,7 +33,7 @@ def plan(row, seed, dataset):
     if row != "erm":
         keys |= {"mask": "maps", "finetune": row}
         settings["finetune"] = {**SETTINGS, "epochs": 1, "masks": "x", "mask_rule": RULES[row]}
-        settings["mask"] = {"method": "xgradcam"}
+        settings["mask"] = {"method": "xgradcam", "hidden_by": {"kind": "top_k", "cumulative": True}}
     fields = {"dataset": dataset, "split": "s", "noise": "none", "pretrain": "erm", "finetune": row, "evaluate": "e"}
     return {"run": row, "row": row, "label": row, **fields, "set": {}, "seed": seed, "keys": keys, "settings": settings}
 

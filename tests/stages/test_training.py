@@ -134,10 +134,18 @@ def test_momenta_that_were_not_kept(tmp_path, trained, data):
         run(tmp_path, data, cfg=settings(optimizer_state="continued"), init=trained["model"])
 
 
-def test_a_new_head_starts_without_momentum(tmp_path, data):
+def test_a_new_head_starts_without_momentum(tmp_path, data, monkeypatch):
+    given = []
+    real = training.fit
+    monkeypatch.setattr(training, "fit", lambda *args: given.append(args[-1]) or real(*args))
     start = run(tmp_path / "a", data, cfg=settings(keep_optimizer=True))
-    three = write_data(tmp_path / "data", n_classes=3)
-    run(tmp_path / "b", three, cfg=settings(optimizer_state="continued"), init=start["model"])
+    renamed = write_data(tmp_path / "data")  # the head fits, but its classes are others
+    renamed["summary"].write_text('{"classes": ["x", "y"]}')
+    run(tmp_path / "b", renamed, cfg=settings(optimizer_state="continued"), init=start["model"])
+    assert given[1]
+    assert {name.split(".")[0] for name in given[1]} == {"backbone"}
+    three = write_data(tmp_path / "three", n_classes=3)
+    run(tmp_path / "c", three, cfg=settings(optimizer_state="continued"), init=start["model"])
 
 
 def test_other_classes_get_a_new_head_that_does_not_depend_on_the_backbone(tmp_path, trained, caplog):

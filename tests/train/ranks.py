@@ -86,7 +86,7 @@ def train_all(folder: Path, ctx: DistContext) -> dict[str, dict[str, torch.Tenso
             continue
         if name == STOPPED:
             with contextlib.suppress(Stopped):
-                run_fit(cfg, data, work, network=copy.deepcopy(network), ctx=ctx, stop=StopAfter(2))
+                run_fit(cfg, data, work, network=copy.deepcopy(network), ctx=ctx, stop=StopAfter(1))
             ctx.barrier()  # until the main rank has saved
         results[name] = run_fit(cfg, data, work, network=network, ctx=ctx, with_memory=True)[0]
     return results
