@@ -165,7 +165,7 @@ class Meta(Block):
 
 
 META_PUBLISHED: dict[str, Any] = {
-    **Supervised.PUBLISHED, "rescale": "none", "clip_norm": 0.25, "drop_last": True, "epsilon": 1e-10,
+    **Supervised.PUBLISHED, "momentum": 0.0, "rescale": "none", "clip_norm": 0.25, "drop_last": True, "epsilon": 1e-10,
     "meta": {"refresh": "once", "scope": "rank"},
 }  # fmt: skip
 
