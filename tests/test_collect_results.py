@@ -24,8 +24,12 @@ def collect(tmp_path, monkeypatch):
 
 def write_results(experiments):
     """What a run leaves of the experiments, each with its figures."""
-    run = {"keys": {"finetune": "k"}}
     for name, figures in experiments.items():
+        settings: dict[str, dict] = {"evaluate": {}}
+        settings |= {"finetune": {"method": "reweight"}} if "weights" in figures else {}
+        settings |= {"mask": {}} if "panels" in figures else {}
+        settings["evaluate"] |= {"coverages": [1.0]} if "coverage" in figures else {}
+        run = {"keys": {"finetune": "k"}, "settings": settings}
         files = {
             f"results/{name}/table.md": f"# Title of {name}\n\n1. Order of the rows: Spearman's rank correlation 0.9\n",
             f"results/{name}/claim.md": "# Claim\n\nNone.\n",
@@ -34,7 +38,8 @@ def write_results(experiments):
             f"results/runs/{name}-abc/runs.json": json.dumps({"runs": [run]}),
             f"results/runs/{name}-old/runs.json": json.dumps({"runs": [{"keys": {"finetune": "gone"}}]}),
         }
-        files |= {f"results/{name}/figures/{figure}.png": figure for figure in ("metric", *figures)}
+        every = ("metric", "weights", "coverage", "panels")  # some of them left from another config
+        files |= {f"results/{name}/figures/{figure}.png": figure for figure in every}
         for path, text in files.items():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text)
@@ -46,14 +51,19 @@ def write_results(experiments):
 
 
 def test_a_page_with_the_figures_that_there_are(collect):
-    write_results({"plain": (), "masked": ("panels", "coverage")})
+    write_results({"plain": (), "masked": ("panels", "coverage", "weights")})
     collect.main(Path("paper.yaml"))
     page = Path("docs/paper.md").read_text()
     plain, masked = page.split("## Title of masked")
     assert "rank correlation 0.9" in plain
     assert "rank correlation 0.9" in masked
     assert plain.count("![") == 1
-    for name in ("paper-masked.png", "paper-masked.coverage.png", "paper-masked.panels.png"):
+    for name in (
+        "paper-masked.png",
+        "paper-masked.coverage.png",
+        "paper-masked.weights.png",
+        "paper-masked.panels.png",
+    ):
         assert f"]({name})" in masked
     assert Path("docs/paper-masked.panels.png").read_text() == "panels"
     assert {path.name for path in Path("docs").glob("paper-plain*")} == {"paper-plain.png", "paper-plain.csv"}

@@ -10,14 +10,17 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 HERE = Path(__file__).parent
 SPECIAL = {  # figures that only some experiments have
+    "weights": "what weights and trusts tell of flipped labels",
     "coverage": "errors by coverage",
     "panels": "what the worst and the best masks leave to look at",
 }
+LEARNS = ("reweight", "refurbish", "proposal", "upper_bound")  # methods with weights or trusts
 
 
 def main(config: Path) -> None:
@@ -35,27 +38,39 @@ def main(config: Path) -> None:
         figure = HERE / f"{paper}-{name}.png"
         shutil.copyfile(folder / "figures" / "metric.png", figure)
         lines += [f"#{table}", "", f"![metric by method]({figure.name})", ""]
-        lines += [line for what in SPECIAL for line in special_figure(folder, f"{paper}-{name}.{what}.png", what)]
+        lines += special_figures(folder, f"{paper}-{name}")
         lines += [claim, ""]
         shutil.copyfile(folder / "summary.csv", HERE / f"{paper}-{name}.csv")
     (HERE / f"{paper}.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
-def special_figure(folder: Path, name: str, what: str) -> list[str]:
-    """Copy a figure, and the lines that show it; none where the experiment has no such figure."""
-    drawn = folder / "figures" / f"{what}.png"
-    if not drawn.exists():
-        return []
-    shutil.copyfile(drawn, HERE / name)
-    return [f"![{SPECIAL[what]}]({name})", ""]
+def special_figures(folder: Path, name: str) -> list[str]:
+    """Copy the figures that the runs of an experiment have something for, and the lines that show them."""
+    settings = [run["settings"] for run in runs_of(folder)]
+    shown = {
+        "weights": any(each.get("finetune", {}).get("method") in LEARNS for each in settings),
+        "coverage": any(each["evaluate"].get("coverages") for each in settings),
+        "panels": any("mask" in each for each in settings),
+    }
+    lines = []
+    for what, caption in SPECIAL.items():
+        if shown[what]:
+            shutil.copyfile(folder / "figures" / f"{what}.png", HERE / f"{name}.{what}.png")
+            lines += [f"![{caption}]({name}.{what}.png)", ""]
+    return lines
+
+
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """The runs that an experiment's table is of."""
+    plan = json.loads((folder / "config.json").read_text())["inputs"]["runs"]
+    return json.loads(Path(plan).read_text())["runs"]
 
 
 def provenance(experiments: list[str]) -> str:
     """Commits, machine and time behind the tables."""
     folders = set()
     for name in experiments:
-        plan = json.loads(Path("results", name, "config.json").read_text())["inputs"]["runs"]
-        for run in json.loads(Path(plan).read_text())["runs"]:
+        for run in runs_of(Path("results", name)):
             folders |= {Path("results", stage, key) for stage, key in run["keys"].items() if key}
     made = {folder: json.loads((folder / "config.json").read_text()) for folder in folders}
     folds = {Path(path).parent for config in made.values() for path in config.get("inputs", {}).get("networks", [])}
