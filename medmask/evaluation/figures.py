@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
@@ -22,7 +21,6 @@ from medmask.evaluation.tables import constant_lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MOST_PANELS = 12
-CURVES = {"loss/total": "training loss", "val/balanced_accuracy": "validation\nbalanced accuracy"}
 STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "medmask",
     "legend.frameon": False, "axes.titlesize": 10,
@@ -244,55 +242,3 @@ def weights_figure(cells: Sequence[Cell]) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supylabel("share of the images")
     return figure
-
-
-@mpl.rc_context(STYLE)
-def curves_figure(cells: Sequence[Cell]) -> Figure:
-    """Training loss and validation balanced accuracy by epoch, a panel for each column of the table.
-
-    A colour for each line of the table; seeds are thin, their mean is thick.
-    """
-    stages = [s for s in ("pretrain", "finetune") if any(run.history(s) for cell in cells for run in cell.runs)]
-    if not stages:
-        return message("No training has started yet")
-    heads = list(dict.fromkeys(cell.head for cell in cells))
-    lines = list(dict.fromkeys(cell.line for cell in cells))
-    styles: list[dict[str, Any]] = [
-        {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k // len(COLOURS) % len(DASHES)]}
-        for k in range(len(lines))
-    ]
-    shown = [(stage, name, head) for stage in stages for name in CURVES for head in heads]
-    wide = max(len(heads), 2)  # with a single column, loss and validation stand side by side
-    high = len(shown) // wide
-    figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
-    grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
-    for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
-        for cell in (cell for cell in cells if cell.head == head):
-            draw_curves(ax, [by_epoch(run.history(stage), name) for run in cell.runs], styles[lines.index(cell.line)])
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        ax.grid(color="#e4e4e4", linewidth=0.6)
-        if k % wide == 0 or len(heads) == 1:
-            ax.set_ylabel(f"{stage}\n{CURVES[name]}")
-        ax.set(title=head if k < wide else "", xlabel="epoch" if k >= len(shown) - wide else "")
-    handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
-    figure.legend(handles=handles, loc="outside right upper")
-    return figure
-
-
-def by_epoch(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    """Mean of a logged number in each epoch; what is not finite is left out."""
-    values: dict[int, list[float]] = {}
-    for line in history:
-        number = line.get(name)
-        if isinstance(number, int | float) and math.isfinite(number):
-            values.setdefault(int(line["epoch"]), []).append(number)
-    return {epoch: float(np.mean(numbers)) for epoch, numbers in sorted(values.items())}
-
-
-def draw_curves(axes: Axes, curves: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
-    known = [curve for curve in curves if curve]
-    for curve in known if len(known) > 1 else []:
-        axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.35, **style)
-    shared = sorted(set.intersection(*map(set, known))) if known else []
-    marker = "o" if len(shared) == 1 else None
-    axes.plot(shared, [np.mean([c[e] for c in known]) for e in shared], lw=1.8, marker=marker, **style)

@@ -41,6 +41,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
     from medmask.evaluation import figures
     from medmask.evaluation.class_figure import classes_figure
     from medmask.evaluation.coverage_figure import coverage_figure
+    from medmask.evaluation.curves_figure import curves_figure
 
     content, found = read_runs(runs)
     settings: dict[str, Any] = content["settings"]
@@ -73,7 +74,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
     drawn = {
         "metric": figures.metric_figure(cells, measure),
         "confusion": figures.confusion_figure(cells, measure),
-        "curves": figures.curves_figure(cells),
+        "curves": curves_figure(cells),
         "noise": figures.noise_figure(found),
         "weights": figures.weights_figure(cells),
         "classes": classes_figure(cells, measure.selection),

@@ -9,6 +9,7 @@ from medmask.evaluation import figures
 from medmask.evaluation.cells import Measure, judge_published, make_cells, measure_cells
 from medmask.evaluation.class_figure import classes_figure
 from medmask.evaluation.collect import Run, read_runs
+from medmask.evaluation.curves_figure import by_epoch, curves_figure
 from tests.evaluation.fake_results import make_results
 
 MEASURE = Measure("balanced_accuracy", "test", "last")
@@ -28,7 +29,7 @@ def test_all_are_written_and_svg_is_reproducible(experiment, tmp_path):
     makers = {
         "metric": lambda: figures.metric_figure(cells, MEASURE),
         "confusion": lambda: figures.confusion_figure(cells, MEASURE),
-        "curves": lambda: figures.curves_figure(cells),
+        "curves": lambda: curves_figure(cells),
         "noise": lambda: figures.noise_figure(runs),
         "classes": lambda: classes_figure(cells, "last"),
     }
@@ -81,7 +82,23 @@ def test_noise_panels_pool_the_seeds(experiment):
 
 def test_curves_average_the_intervals_of_an_epoch():
     lines = [{"epoch": 1, "loss/total": 1.0}, {"epoch": 1, "loss/total": 3.0}, {"epoch": 2, "loss/total": float("nan")}]
-    assert figures.by_epoch(lines, "loss/total") == {1: 2.0}
+    assert by_epoch(lines, "loss/total") == {1: 2.0}
+
+
+def test_flipped_images_have_curves_where_there_are_any(experiment, monkeypatch):
+    _, cells = experiment
+
+    def shown(line):
+        monkeypatch.setattr(Run, "history", lambda self, stage: [line] if stage == "finetune" else [])
+        return [ax.get_ylabel().replace("\n", " ") for ax in curves_figure(cells).axes if ax.get_ylabel()]
+
+    plain = ["finetune training loss", "finetune validation balanced accuracy"]
+    assert shown({"epoch": 1, "loss/total": 1.0}) == plain
+    flipped = [
+        "finetune flipped images classified as labelled, wrongly",
+        "finetune flipped images classified as they truly are",
+    ]
+    assert shown({"epoch": 1, "train/flipped_as_given": 0.5}) == plain + flipped
 
 
 def test_nothing_finished_still_gives_figures(experiment):
@@ -90,7 +107,7 @@ def test_nothing_finished_still_gives_figures(experiment):
     assert figures.metric_figure(failed, MEASURE).texts[0].get_text() == "No run has finished yet"
     assert figures.confusion_figure(failed, MEASURE).texts[0].get_text() == "No run has finished yet"
     assert figures.noise_figure([]).texts[0].get_text() == "No labels have been made yet"
-    assert figures.curves_figure([]).texts[0].get_text() == "No training has started yet"
+    assert curves_figure([]).texts[0].get_text() == "No training has started yet"
 
 
 def test_weights_figure_tells_flipped_labels_from_the_others(experiment, monkeypatch):

@@ -1,0 +1,81 @@
+"""Curves of the trainings by epoch: loss, validation, and whether flipped labels are learnt by heart."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from medmask.evaluation.cells import Cell
+from medmask.evaluation.figures import COLOURS, DASHES, STYLE, message, wrapped
+
+CURVES = {"loss/total": "training loss", "val/balanced_accuracy": "validation\nbalanced accuracy"}
+FLIPPED = {  # of the training images, when last trained on
+    "train/flipped_as_given": "flipped images classified\nas labelled, wrongly",
+    "train/flipped_as_true": "flipped images classified\nas they truly are",
+}
+LABELS = CURVES | FLIPPED
+
+
+@mpl.rc_context(STYLE)
+def curves_figure(cells: Sequence[Cell]) -> Figure:
+    """Loss, validation and what becomes of flipped images by epoch, a panel for each column of the table.
+
+    A colour for each line of the table; seeds are thin, their mean is thick.
+    """
+    stages = [s for s in ("pretrain", "finetune") if any(run.history(s) for cell in cells for run in cell.runs)]
+    if not stages:
+        return message("No training has started yet")
+    heads = list(dict.fromkeys(cell.head for cell in cells))
+    lines = list(dict.fromkeys(cell.line for cell in cells))
+    styles: list[dict[str, Any]] = [
+        {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k // len(COLOURS) % len(DASHES)]}
+        for k in range(len(lines))
+    ]
+    shown = [(stage, name, head) for stage in stages for name in names_of(cells, stage) for head in heads]
+    wide = max(len(heads), 2)  # with a single column, loss and validation stand side by side
+    high = len(shown) // wide
+    figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
+    grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
+    for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
+        for cell in (cell for cell in cells if cell.head == head):
+            draw_curves(ax, [by_epoch(run.history(stage), name) for run in cell.runs], styles[lines.index(cell.line)])
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        ax.grid(color="#e4e4e4", linewidth=0.6)
+        if k % wide == 0 or len(heads) == 1:
+            ax.set_ylabel(f"{stage}\n{LABELS[name]}")
+        ax.set(title=head if k < wide else "", xlabel="epoch" if k >= len(shown) - wide else "")
+    handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
+    figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def names_of(cells: Sequence[Cell], stage: str) -> list[str]:
+    """The curves of a stage: those of flipped images where it has seen any."""
+    histories = (run.history(stage) for cell in cells for run in cell.runs)
+    has_flips = any(name in line for history in histories for line in history for name in FLIPPED)
+    return [*CURVES, *(FLIPPED if has_flips else ())]
+
+
+def by_epoch(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    """Mean of a logged number in each epoch; what is not finite is left out."""
+    values: dict[int, list[float]] = {}
+    for line in history:
+        number = line.get(name)
+        if isinstance(number, int | float) and math.isfinite(number):
+            values.setdefault(int(line["epoch"]), []).append(number)
+    return {epoch: float(np.mean(numbers)) for epoch, numbers in sorted(values.items())}
+
+
+def draw_curves(axes: Axes, curves: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
+    known = [curve for curve in curves if curve]
+    for curve in known if len(known) > 1 else []:
+        axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.35, **style)
+    shared = sorted(set.intersection(*map(set, known))) if known else []
+    marker = "o" if len(shared) == 1 else None
+    axes.plot(shared, [np.mean([c[e] for c in known]) for e in shared], lw=1.8, marker=marker, **style)
