@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def train_all(folder: Path, ctx: DistContext) -> dict[str, dict[str, torch.Tenso
             with contextlib.suppress(Stopped):
                 run_fit(cfg, data, work, network=copy.deepcopy(network), ctx=ctx, stop=StopAfter(1))
             ctx.barrier()  # until the main rank has saved
+            if ctx.world == 2 and ctx.is_main:
+                shutil.copytree(work, folder / "moved")  # for one process to go on with
         results[name] = run_fit(cfg, data, work, network=network, ctx=ctx, with_memory=True)[0]
     return results
 

@@ -12,7 +12,7 @@ from medmask.errors import ConfigError, LaunchError
 from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
 from medmask.train.loader import Plan
-from tests.toy import is_same, run_two_ranks, settings, tiny_network
+from tests.toy import is_same, run_fit, run_two_ranks, settings, tiny_network, toy_data
 from tests.train.ranks import STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
 
 
@@ -20,11 +20,11 @@ from tests.train.ranks import STOPPED, TRAININGS, norm_images, norm_loss, norm_n
 def ranks(tmp_path_factory):
     """What each of two ranks has found, and what one process finds."""
     folder = tmp_path_factory.mktemp("ranks")
-    return run_two_ranks("tests.train.ranks", folder), train_all(folder, DistContext())
+    return run_two_ranks("tests.train.ranks", folder), train_all(folder, DistContext()), folder
 
 
 def test_batch_norm_over_ranks_has_the_gradients_of_one_process(ranks):
-    (first, second), _ = ranks
+    (first, second), _, _ = ranks
     network, images = norm_network(), norm_images()
     norm_loss(network(images)).backward()
     expected = {name: p.grad for name, p in network.named_parameters()}
@@ -41,12 +41,12 @@ def test_batch_norm_over_ranks_has_the_gradients_of_one_process(ranks):
 
 
 def test_ranks_end_with_equal_weights(ranks):
-    (first, second), _ = ranks
+    (first, second), _, _ = ranks
     assert all(is_same(first[name], second[name]) for name in first)
 
 
 def test_two_ranks_end_with_the_weights_of_one(ranks):
-    (first, _), alone = ranks
+    (first, _), alone, _ = ranks
     assert set(first) - set(alone) == {"norm", "own statistics", "published reweight", "published proposal"}
     for name, expected in alone.items():
         for key, value in expected.items():
@@ -55,9 +55,19 @@ def test_two_ranks_end_with_the_weights_of_one(ranks):
 
 
 def test_two_ranks_that_are_stopped_go_on_with_the_same_bits(ranks):
-    (first, _), _ = ranks
+    (first, _), _, _ = ranks
     assert is_same(first[STOPPED], first["method refurbish"])
     assert "memory.targets" in first[STOPPED]
+
+
+def test_soft_labels_go_on_with_another_number_of_ranks(ranks, tmp_path):
+    _, alone, folder = ranks
+    cfg = settings(**{"batch_size": 9, **TRAININGS[STOPPED]})
+    assert [path.name for path in (folder / "moved").glob("checkpoint-*.pt")] == ["checkpoint-000000002.pt"]
+    found, state = run_fit(cfg, toy_data(tmp_path, flip_every=3), folder / "moved", with_memory=True)
+    assert state.step == 6
+    for key, value in alone["method refurbish"].items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def shares_of_weight(weights, name):
@@ -69,7 +79,7 @@ def shares_of_weight(weights, name):
 
 
 def test_weights_are_normalised_over_all_ranks_or_as_published_by_each(ranks):
-    (first, _), _ = ranks
+    (first, _), _, _ = ranks
     published = shares_of_weight(first["published reweight"]["memory.weight"], "published reweight")
     assert published == pytest.approx(np.ones((2, 2)), abs=1e-5)
     corrected = shares_of_weight(first["method reweight"]["memory.weight"], "method reweight")
@@ -80,7 +90,7 @@ def test_weights_are_normalised_over_all_ranks_or_as_published_by_each(ranks):
 
 
 def test_own_statistics_make_a_difference(ranks):
-    (first, _), alone = ranks
+    (first, _), alone, _ = ranks
     key = "backbone.1.running_var"
     assert not torch.allclose(first["own statistics"][key], alone["method supervised"][key], rtol=1e-4)
 
