@@ -147,7 +147,9 @@ class MetaLearning(Method):
 
     def notes(self) -> list[str]:
         n = int(self.empty_steps)
-        return [f"all weights of {n} steps were 0: nothing was learnt from their images"] if n else []
+        return (
+            [f"all weights of {n} steps were 0: their images taught nothing, momentum and decay went on"] if n else []
+        )
 
 
 def at_least_float32(values: Tensor) -> torch.dtype:

@@ -167,7 +167,7 @@ def test_a_batch_without_a_weight_teaches_nothing_and_is_counted(tmp_path):
     assert float(method.network.head.weight.grad.abs().max()) == 0
     method.after_step(clock(0), DistContext())
     assert method.memory()["weight"][[0, 2, 4]].tolist() == [0, 0, 0]
-    assert method.notes() == ["all weights of 1 steps were 0: nothing was learnt from their images"]
+    assert method.notes() == ["all weights of 1 steps were 0: their images taught nothing, momentum and decay went on"]
 
 
 def test_scales_before_the_sigmoid():
