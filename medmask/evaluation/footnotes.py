@@ -1,5 +1,6 @@
 """The sentences under a table: what its numbers rest on."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from medmask.evaluation.collect import Run
 from medmask.evaluation.coverage import coverage_notes
 from medmask.evaluation.statistics import rank_correlation
 
+TRAINED = ("pretrain", "audit", "finetune")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FEWEST_RANKS = 5  # rows whose order is compared with the published one
 
 
@@ -21,7 +24,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
     notes += unique(test_set_note(run, measure) for run in finished)
     notes += unique(note for run in finished for note in split_notes(run))
     notes += unique(f"{run['dataset']}: {note}" for run in finished for note in (run.metrics or {}).get("notes", []))
-    notes += unique(note for run in finished for note in training_notes(run))
+    notes += training_notes([cell for cell in cells if cell.finished])
     notes.append(seed_note(settings, cells))
     notes += selection_notes(runs, measure)
     notes.append(
@@ -81,13 +84,29 @@ def split_notes(run: Run) -> list[str]:
     return notes
 
 
-def training_notes(run: Run) -> list[str]:
-    """What a training had to say about itself."""
+def training_notes(cells: Sequence[Cell]) -> list[str]:
+    """What the trainings had to say about themselves, each once, after the names of the cells that it is said of."""
+    named: dict[str, list[str]] = {}
+    for cell in cells:
+        records = [run.read(stage, "record.json") for stage in TRAINED for run in cell.finished]
+        for note in merged(note for record in records for note in record.get("notes", [])):
+            named.setdefault(note, []).append(cell.name)
     return [
-        f"{run['label']}: {note}"
-        for s in ("pretrain", "audit", "finetune")
-        for note in run.read(s, "record.json").get("notes", [])
+        f"{'All rows' if len(names) == len(cells) > 1 else '; '.join(names)}: {note}" for note, names in named.items()
     ]
+
+
+def merged(notes: Iterable[str]) -> list[str]:
+    """Notes that differ in their numbers alone as one, with the least and the largest of each."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for note in notes:
+        alike.setdefault(tuple(NUMBER.split(note)), []).append(NUMBER.findall(note))
+    found = []
+    for words, numbers in alike.items():
+        spans = [sorted(set(values), key=float) for values in zip(*numbers, strict=True)]
+        texts = [span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans]
+        found.append(words[0] + "".join(text + word for text, word in zip(texts, words[1:], strict=True)))
+    return found
 
 
 def seed_note(settings: dict[str, Any], cells: Sequence[Cell]) -> str:
