@@ -11,6 +11,7 @@ from medmask.evaluation.statistics import rank_correlation
 
 TRAINED = ("pretrain", "audit", "finetune")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
+MOST_NAMED = 4  # in one footnote
 FEWEST_RANKS = 5  # rows whose order is compared with the published one
 
 
@@ -91,9 +92,14 @@ def training_notes(cells: Sequence[Cell]) -> list[str]:
         records = [run.read(stage, "record.json") for stage in TRAINED for run in cell.finished]
         for note in merged(note for record in records for note in record.get("notes", [])):
             named.setdefault(note, []).append(cell.name)
-    return [
-        f"{'All rows' if len(names) == len(cells) > 1 else '; '.join(names)}: {note}" for note, names in named.items()
-    ]
+    return [f"{who(names, len(cells))}: {note}" for note, names in named.items()]
+
+
+def who(names: Sequence[str], n: int) -> str:
+    """Some of `n` cells, by name where they are few."""
+    if len(names) > MOST_NAMED:
+        return "All rows" if len(names) == n else f"{len(names)} of {n} rows"
+    return "; ".join(names)
 
 
 def merged(notes: Iterable[str]) -> list[str]:

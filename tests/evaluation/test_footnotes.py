@@ -2,7 +2,7 @@
 
 from medmask.evaluation.cells import make_cells
 from medmask.evaluation.collect import Run, read_runs
-from medmask.evaluation.footnotes import merged, training_notes
+from medmask.evaluation.footnotes import merged, training_notes, who
 from tests.evaluation.fake_results import make_results
 
 
@@ -15,6 +15,12 @@ def test_notes_that_differ_in_numbers_are_one():
     ]
     assert merged(notes) == ["masks (mean 0.7) hide 5.5 to 12% of 9 images", "no images"]
     assert merged([]) == []
+
+
+def test_many_rows_are_counted():
+    assert who(["a", "b"], 2) == "a; b"
+    assert who(list("abcde"), 5) == "All rows"
+    assert who(list("abcde"), 6) == "5 of 6 rows"
 
 
 def test_what_all_rows_say_is_said_of_all(tmp_path, monkeypatch):
