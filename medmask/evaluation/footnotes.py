@@ -7,6 +7,7 @@ from typing import Any
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
 from medmask.evaluation.coverage import coverage_notes
+from medmask.evaluation.groups import group_notes
 from medmask.evaluation.statistics import rank_correlation
 
 TRAINED = ("pretrain", "audit", "finetune")
@@ -44,7 +45,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
             "A published number is inside when it lies in the 95 % prediction interval of one more run (spread over "
             "seeds, and the binomial error of the published number of test images, approximate unless accuracy)."
         )
-    notes += rank_notes(cells, measure) + coverage_notes(cells, measure)
+    notes += rank_notes(cells, measure) + group_notes(cells, measure) + coverage_notes(cells, measure)
     return notes + failure_notes(cells)
 
 

@@ -13,6 +13,7 @@ from medmask.evaluation.claim import answer_claim, claim_note, claim_page
 from medmask.evaluation.collect import read_runs
 from medmask.evaluation.coverage import coverage_grids
 from medmask.evaluation.footnotes import footnotes
+from medmask.evaluation.groups import group_grids
 from medmask.evaluation.render import to_html, to_markdown, to_tex
 from medmask.evaluation.tables import SUMMARY_COLUMNS, TABLE_COLUMNS, make_document, run_rows, summary_rows, table_rows
 
@@ -65,7 +66,10 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         measure,
         claim_note(answer) + footnotes(settings, cells, measure, cfg.draws),
         decimals=shape["decimals"],
-        more=coverage_grids(cells, measure, shape["decimals"]),
+        more=[
+            *group_grids(cells, measure, shape["decimals"]),
+            *coverage_grids(cells, measure, shape["decimals"]),
+        ],
     )
     outputs["table_md"].write_text(to_markdown(document), encoding="utf-8")
     outputs["table_tex"].write_text(to_tex(document), encoding="utf-8")

@@ -1,0 +1,56 @@
+"""Accuracy by group, class x cue, whatever test set holds a group: the worst of all is what a shortcut costs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medmask.evaluation.cells import Cell, Measure
+from medmask.evaluation.collect import Run
+from medmask.evaluation.tables import DASH, Grid
+
+Group = tuple[str, bool]  # class, with the cue
+
+
+def group_accuracies(run: Run, selection: str) -> dict[Group, float]:
+    """Accuracy of each group that some test set has; sets that share a group share its images."""
+    scores = (run.metrics or {}).get(selection, {}).values()
+    rows = (row for score in scores for row in score.get("per_group", []))
+    return {(row["class"], row["has_cue"]): row["accuracy"] for row in rows}
+
+
+def group_grids(cells: Sequence[Cell], measure: Measure, decimals: int) -> list[Grid]:
+    """A table with a column a group, and the worst of each seed; none where no test image carries a cue."""
+    by_cell = {cell.name: [group_accuracies(run, measure.selection) for run in cell.finished] for cell in cells}
+    groups = list(dict.fromkeys(group for seeds in by_cell.values() for seed in seeds for group in seed))
+    if not any(has_cue for _, has_cue in groups):
+        return []
+    groups.sort(key=lambda group: (group[0], group[1]))
+    heads = [f"{name}, cue" if has_cue else name for name, has_cue in groups]
+    rows = [
+        [
+            name,
+            *(mean_text([seed[group] for seed in seeds if group in seed], decimals) for group in groups),
+            mean_text([min(seed.values()) for seed in seeds if seed], decimals),
+        ]
+        for name, seeds in by_cell.items()
+        if seeds
+    ]
+    return [Grid("Accuracy by class and cue", ["", *heads, "worst of these"], rows)]
+
+
+def mean_text(values: Sequence[float], decimals: int) -> str:
+    """`mean ± sd` over seeds."""
+    if not values:
+        return DASH
+    spread = f" ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{decimals}f}{spread}"
+
+
+def group_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
+    """How the table of groups is to be read."""
+    if not group_grids(cells, measure, 3):
+        return []
+    return [
+        "Accuracy by class and cue: over all test sets, mean ± standard deviation over seeds; the worst is that of "
+        "each seed, so it may be below every column. A training that makes one test set better can make another one worse."
+    ]
