@@ -52,5 +52,5 @@ def group_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
         return []
     return [
         "Accuracy by class and cue: over all test sets, mean ± standard deviation over seeds; the worst is that of "
-        "each seed, so it may be below every column. A training that makes one test set better can make another one worse."
+        "each seed, so it may be below every column. What makes one test set better can make another one worse."
     ]
