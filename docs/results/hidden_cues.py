@@ -3,11 +3,11 @@
 Prints, for each masked run, the mean share of a cue's pixels that its mask hides in the training images that carry one.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
+from collect import runs_of
 
 from medmask.saliency.looks import read_training
 
@@ -15,8 +15,7 @@ VISIBLE = 24  # of 255: resizing blurs the edge of a cue
 
 
 def main(experiment: str) -> None:
-    plan = json.loads(Path("results", experiment, "config.json").read_text())["inputs"]["runs"]
-    for run in json.loads(Path(plan).read_text())["runs"]:
+    for run in runs_of(Path("results", experiment)):
         if "mask" in run["keys"]:
             shares = hidden_by_class(Path("results/finetune", run["keys"]["finetune"]))
             print(run["row"], run["dataset"], run["seed"], {name: round(share, 2) for name, share in shares.items()})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medmask.evaluation.cells import Cell, Measure
-from medmask.evaluation.tables import DASH, Grid
+from medmask.evaluation.tables import DASH, Grid, mean_text
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def answer_text(found: Answers, decimals: int) -> str:
     silent = found.n_seeds - len(found.points)
     if not found.points:
         return "nothing answered"
-    coverage, error = found.mean
-    spread = f" ± {np.std([e for _, e in found.points], ddof=1):.{decimals}f}" if len(found.points) > 1 else ""
+    coverage, _ = found.mean
     none = f", {silent} of {found.n_seeds} seeds answer nothing" if silent else ""
-    return f"{error:.{decimals}f}{spread} ({100 * coverage:.1f} %{none})"
+    errors = mean_text([error for _, error in found.points], decimals)
+    return f"{errors} ({100 * coverage:.1f} %{none})"
 
 
 def coverage_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:

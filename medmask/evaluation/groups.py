@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
-from medmask.evaluation.tables import DASH, Grid
+from medmask.evaluation.tables import Grid, mean_text
 
 Group = tuple[str, bool]  # class, with the cue
 
@@ -20,11 +18,10 @@ def group_accuracies(run: Run, selection: str) -> dict[Group, float]:
 
 def group_grids(cells: Sequence[Cell], measure: Measure, decimals: int) -> list[Grid]:
     """A table with a column a group, and the worst of each seed; none where no test image carries a cue."""
-    by_cell = {cell.name: [group_accuracies(run, measure.selection) for run in cell.finished] for cell in cells}
-    groups = list(dict.fromkeys(group for seeds in by_cell.values() for seed in seeds for group in seed))
-    if not any(has_cue for _, has_cue in groups):
+    if not has_cues(cells, measure):
         return []
-    groups.sort(key=lambda group: (group[0], group[1]))
+    by_cell = {cell.name: [group_accuracies(run, measure.selection) for run in cell.finished] for cell in cells}
+    groups = sorted({group for seeds in by_cell.values() for seed in seeds for group in seed})
     heads = [f"{name}, cue" if has_cue else name for name, has_cue in groups]
     rows = [
         [
@@ -38,17 +35,15 @@ def group_grids(cells: Sequence[Cell], measure: Measure, decimals: int) -> list[
     return [Grid("Accuracy by class and cue", ["", *heads, "worst of these"], rows)]
 
 
-def mean_text(values: Sequence[float], decimals: int) -> str:
-    """`mean ± sd` over seeds."""
-    if not values:
-        return DASH
-    spread = f" ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{decimals}f}{spread}"
+def has_cues(cells: Sequence[Cell], measure: Measure) -> bool:
+    """Whether some test image carries a cue."""
+    runs = (run for cell in cells for run in cell.finished)
+    return any(cue for run in runs for _, cue in group_accuracies(run, measure.selection))
 
 
 def group_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
     """How the table of groups is to be read."""
-    if not group_grids(cells, measure, 3):
+    if not has_cues(cells, measure):
         return []
     return [
         "Accuracy by class and cue: over all test sets, mean ± standard deviation over seeds; the worst is that of "

@@ -247,6 +247,14 @@ def cell_text(cell: Cell, decimals: int) -> str:
     return f"{cell.main.value:.{decimals}f}{spread}{bounds(cell.main, decimals)}{partial}"
 
 
+def mean_text(values: Sequence[float], decimals: int) -> str:
+    """`mean ± sd` over seeds; a dash for none."""
+    if not values:
+        return DASH
+    spread = f" ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{decimals}f}{spread}"
+
+
 def bounds(found: Estimate, decimals: int, sign: str = "") -> str:
     if found.low is None or found.high is None:
         return ""

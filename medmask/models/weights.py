@@ -87,7 +87,9 @@ def read_momenta(path: Path) -> dict[str, Tensor]:
     ------
     ConfigError : it holds none.
     """
-    found = {name.removeprefix(MOMENTA): x for name, x in load_file(path).items() if name.startswith(MOMENTA)}
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(MOMENTA)]  # noqa: SIM118  # this is no dict
+        found = {name.removeprefix(MOMENTA): file.get_tensor(name) for name in names}
     if not found:
         raise ConfigError(f"optimizer_state: {path} holds no momenta; train it with `keep_optimizer: true`")
     return found

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from medmask import io
-from medmask.config.finetuning import MaskRule, SaliencyMaps
+from medmask.config.finetuning import Explanation, MaskRule, SaliencyMaps
 from medmask.config.training import Image
 from medmask.data.images import ImageReader
 from medmask.data.pack import Pack
@@ -57,9 +57,7 @@ class Trained:
     @property
     def explained(self) -> SaliencyMaps:
         """How the maps of its masks were made; XGradCAM of the last activation where it has none."""
-        known = SaliencyMaps.model_fields.keys() - {"checkpoint", "needs"}
-        made = self.maps_record["config"] if self.is_masked else {"method": "xgradcam"}
-        return SaliencyMaps.model_validate({name: value for name, value in made.items() if name in known})
+        return Explanation.model_validate(self.maps_record["config"] if self.is_masked else {"method": "xgradcam"})
 
     def load(self, weights: Path) -> tuple[Classifier, Image]:
         """A network, which must know as many classes as the split has, and how it is given its images."""
@@ -82,7 +80,7 @@ class Trained:
     def masks(self, positions: np.ndarray) -> Masks:
         """The masks of these images, as the training has used them."""
         try:
-            rule: MaskRule = TypeAdapter(MaskRule).validate_python(self.settings["mask_rule"])
+            rule = MaskRule.model_validate(self.settings["mask_rule"])
         except ValidationError as error:
             raise ConfigError(f"mask_rule: not of this version: {error.errors()[0]['msg']}") from error
         return Masks(self.files["maps"], rule, positions, self.settings["seed"])

@@ -132,11 +132,10 @@ class Masks:
         masks = torch.ones(len(positions), 1, height, width)
         if self.rule.kind == "cutout":
             masks[torch.from_numpy(known)] = cutouts(positions[known], height, width, self.seed)
-        for whole in self.rounds if len(known) and self.rule.kind != "cutout" else ():
-            maps = whole[torch.from_numpy(rows[known])].float()
-            if self.rule.kind == "random":
-                maps = shifted(maps, positions[known], self.seed)
-            masks[torch.from_numpy(known)] *= hide_salient(maps, self.rule, height, width)
+        elif len(known):
+            for maps in self.rounds[:, torch.from_numpy(rows[known])].float():
+                moved = shifted(maps, positions[known], self.seed) if self.rule.kind == "random" else maps
+                masks[torch.from_numpy(known)] *= hide_salient(moved, self.rule, height, width)
         return masks
 
     def notes(self) -> list[str]:

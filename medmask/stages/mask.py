@@ -83,25 +83,23 @@ def run(
     shards = Shards(work_dir / f"maps-{own[:12]}", len(positions), batch * BATCHES_A_SHARD)
     done = shards.fill(compute)
     whole = shards.read()
-    empty = int((whole.flatten(1).amax(1) == 0).sum())
-    facts: dict[str, Any] = {
-        "layer": name,
-        "images": len(whole),
-        "size": list(whole.shape[1:]),
-        "empty": empty,
-        "computed": done,
-        "seconds": round(time.monotonic() - began, 2),
-        "device": str(device),
-        "notes": [f"{empty} of {len(whole)} saliency maps are all zero"] * (empty > 0),
-    }
+    seconds = round(time.monotonic() - began, 2)
     tensors = {
         "maps": whole,
         "positions": torch.from_numpy(positions.astype(np.int64)),
         "images": torch.from_numpy(short_digests(rows["sha256"])),
     }
     save_file(tensors | ({"earlier": earlier_rounds(earlier, positions, whole)} if earlier else {}), maps)
-    io.write_json(record, facts)
-    log.info("%s of %s: %d maps, %d computed in %.1f s", cfg.method, name, len(whole), done, facts["seconds"])
+    how = {"layer": name, "computed": done, "seconds": seconds, "device": str(device)}
+    io.write_json(record, facts_of(whole) | how)
+    log.info("%s of %s: %d maps, %d computed in %.1f s", cfg.method, name, len(whole), done, seconds)
+
+
+def facts_of(maps: "Tensor") -> dict[str, Any]:
+    """What is worth knowing of maps (n, h, w)."""
+    empty = int((maps.flatten(1).amax(1) == 0).sum())
+    notes = [f"{empty} of {len(maps)} saliency maps are all zero"] * (empty > 0)
+    return {"images": len(maps), "size": list(maps.shape[1:]), "empty": empty, "notes": notes}
 
 
 def earlier_rounds(file: Path, positions: np.ndarray, maps: "Tensor") -> "Tensor":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field, ValidationError
 
 from medmask.config.base import Block, Int
-from medmask.config.finetuning import Explanation
 from medmask.errors import MedmaskError
 from medmask.evaluation.cells import Cell, Measure, make_cells
 from medmask.evaluation.collect import read_runs
@@ -90,9 +89,8 @@ def read_setting(cfg: Panels, word: str, cell: Cell, measure: Measure) -> "Setti
     trained = read_training(folder, first.results.parent)
     before, after = trained.before or trained.model, trained.folder / NETWORKS[measure.selection]
     refuse_missing(before, after)
-    explained = Explanation.model_validate(first.settings["mask"])
     rows = choose_rows(trained.rows(("train",)), cfg.n, cfg.seed)
-    look = compare(trained, before, after, rows, explained, with_masks=True)
+    look = compare(trained, before, after, rows, trained.explained, with_masks=True)
     value = f"{measure.metric} on {measure.test_set} {cell.mean(measure):.3f} (mean of {len(cell.finished)})"
     title = f"{word}: {cell.name}\n{value}; here seed {first['seed']}"
     return Setting(title, look, accuracies(first.metrics[measure.selection] if first.metrics else {}))

@@ -45,6 +45,7 @@ from medmask.train.optim import momenta_of
 from medmask.train.per_image import FOLDER
 from medmask.train.signals import StopFlag
 
+FRAMING = ("size", "resize")  # settings of `image` that say what part of it is seen
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +78,11 @@ class Start:
     spec: ModelSpec
     seen: np.ndarray
     notes: list[str]
-    has_new_head: bool
+    before: ModelSpec | None  # of the starting weights
+
+    @property
+    def has_new_head(self) -> bool:
+        return self.before is None or (self.before.head, self.before.classes) != (self.spec.head, self.spec.classes)
 
 
 def train(
@@ -91,7 +96,7 @@ def train(
     start = start_network(cfg, files.init, classes)
     with distributed(cfg.needs.gpu > 0) as ctx:
         check_ranks(cfg, ctx.world)
-        masks = read_masks(cfg, files, sides["train"], digests)
+        masks = read_masks(cfg, files, start, sides["train"], digests)
         reader = ImageReader(files.images, files.index, Image(**start.spec.image), cfg.augment, cfg.seed, masks)
         teacher = read_teacher(files.teacher, start.spec)
         data = TrainingData(sides["train"], sides["val"], reader, sides["meta_set"], len(classes), teacher, weights)
@@ -119,26 +124,21 @@ def train(
         ctx.barrier()
 
 
-def read_masks(cfg: Any, files: Files, train: Rows, digests: np.ndarray) -> Masks | None:
+def read_masks(cfg: Any, files: Files, start: Start, train: Rows, digests: np.ndarray) -> Masks | None:
     """The masks of the training images, where the settings have a rule for them."""
     rule = getattr(cfg, "mask_rule", None)
     if (rule is None) != (files.maps is None):
         raise ConfigError("--maps: needed with `mask_rule`, and only there")
     if rule is None or files.maps is None:
         return None
-    if cfg.image is not None and files.init is not None:
-        own, explained = ({"size": image.size, "resize": image.resize} for image in (cfg.image, image_of(files.init)))
+    if start.before is not None:
+        own, explained = ({name: spec.image[name] for name in FRAMING} for spec in (start.spec, start.before))
         if own != explained:
             raise ConfigError(
                 f"image: masks are of the images as the starting network is given them, {explained}, not {own}; "
                 "leave `image` out to take its settings"
             )
     return Masks(files.maps, rule, train.positions, cfg.seed, digests)
-
-
-def image_of(model: Path) -> Image:
-    """How the network of a model file is given its images."""
-    return Image.model_validate(read_model(model)[1].image)
 
 
 def tidy(work_dir: Path) -> None:
@@ -163,30 +163,31 @@ def read_teacher(path: Path | None, spec: ModelSpec) -> Classifier | None:
 def start_network(cfg: Any, init: Path | None, classes: list[str]) -> Start:
     """Build the classifier: backbone and, where it fits, head from `init`; the rest drawn from the seed."""
     state: dict[str, Tensor] = {}
-    spec, seen, notes, has_new_head = None, np.empty(0, dtype=np.int64), [], True
+    notes: list[str] = []
+    before, seen = None, np.empty(0, dtype=np.int64)
     if init is not None:
-        state, spec, seen = read_model(init)
-        if cfg.backbone not in (None, spec.backbone):
-            raise ConfigError(f"backbone: {cfg.backbone} cannot start from the {spec.backbone} of {init}")
+        state, before, seen = read_model(init)
+        if cfg.backbone not in (None, before.backbone):
+            raise ConfigError(f"backbone: {cfg.backbone} cannot start from the {before.backbone} of {init}")
     elif cfg.backbone is None:
         raise ConfigError("backbone: needed, since there are no starting weights to take it from")
-    name = spec.backbone if spec else cfg.backbone
-    image = cfg.image or Image(**(spec.image if spec else {}))
+    name = before.backbone if before else cfg.backbone
+    image = cfg.image or Image(**(before.image if before else {}))
     head = head_settings(cfg.head)
+    spec = ModelSpec(name, head, len(classes), classes, image.model_dump(mode="json"), epoch=0)
     seed_weights(cfg.seed)
     backbone = build_backbone(name, image.channels)
     network = Classifier(backbone, build_head(head, width=width_of(backbone), n_classes=len(classes)))
-    if spec is not None:
+    start = Start(network, spec, seen, notes, before)
+    if before is not None:
         load_strictly(backbone, part_of(state, "backbone."), f"{init}, backbone")
-        has_new_head = spec.head != head or spec.classes != classes
-        if not has_new_head:
+        if not start.has_new_head:
             load_strictly(network.head, part_of(state, "head."), f"{init}, head")
         else:
             notes.append("a new head, since classes or head differ from those of the starting weights")
             log.info("%s: %s", init, notes[-1])
     freeze_stages(backbone, getattr(cfg, "freeze", "none"))
-    spec = ModelSpec(name, head, len(classes), classes, image.model_dump(mode="json"), epoch=0)
-    return Start(network, spec, seen, notes, has_new_head)
+    return start
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
