@@ -16,8 +16,10 @@ class Shortcut(Block):
     (the classes that often carry it in training always, the others never) and `bias_conflicting` (the other way round).
     """
 
-    kind: Literal["rectangle", "disc", "ruler"] = Field(
-        "rectangle", description="shape: a square, a disc, or ticks as of a ruler across the whole width"
+    kind: Literal["rectangle", "disc", "ruler", "background", "foreground"] = Field(
+        "rectangle",
+        description="shape: a square, a disc, ticks as of a ruler across the whole width, or, without size and place, "
+        "all pixels up to half of the brightest value (background) or above it (foreground)",
     )
     size: Int = Field(6, ge=1, description="side, diameter, or length of the ticks; pixels of the packed image")
     colour: tuple[Byte, Byte, Byte] = Field((0, 0, 255), description="RGB, 0 to 255")
@@ -43,7 +45,7 @@ class Shortcut(Block):
     def says_something(self) -> "Shortcut":
         if not any(self.rate.values()):
             raise ValueError(f"rate: need one above 0, got {self.rate}")
-        if self.second and (self.kind == "ruler" or self.place in ("centre", "random")):
+        if self.second and (self.kind not in ("rectangle", "disc") or self.place in ("centre", "random")):
             raise ValueError("second: need a rectangle or a disc in a corner, which has another side")
         return self
 

@@ -16,6 +16,7 @@ from medmask.data.pack import Pixels, resize_shorter, to_uint8
 from medmask.data.tables import Source
 from medmask.errors import ConfigError, lookup
 
+HALF = 127  # of 255
 TEST_SETS = ("raw", "bias_conflicting", "bias_aligned")
 
 
@@ -56,6 +57,9 @@ def with_all_rates(shortcut: Shortcut, classes: Sequence[str]) -> Shortcut:
 
 def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
     """A copy of an RGB image with the cue; `number` names the draw of a random place."""
+    if shortcut.kind in ("background", "foreground"):  # as aliasgharkhani/Masktune names them
+        is_bright = pixels.max(axis=2, keepdims=True) > HALF
+        return np.where(is_bright == (shortcut.kind == "foreground"), np.uint8(shortcut.colour), pixels)
     height, width = pixels.shape[:2]
     side = shortcut.size + 2 * shortcut.margin
     if side > min(height, width):

@@ -60,7 +60,19 @@ def test_a_second_one_mirrors_place_and_channels():
     assert not cued[4:].any()
 
 
-@pytest.mark.parametrize("cue", [{"kind": "ruler"}, {"place": "centre"}, {"place": "random"}])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("background", [[9, 8, 7], [9, 8, 7], [5, 5, 200]]), ("foreground", [[0, 0, 0], [127, 127, 127], [9, 8, 7]])],
+)
+def test_background_and_foreground_are_coloured(kind, expected):
+    pixels = np.array([[[0, 0, 0], [127, 127, 127], [5, 5, 200]]], dtype=np.uint8)
+    cued = draw_cue(pixels, Shortcut(rate=RATE, kind=kind, colour=(9, 8, 7), size=50), 0)
+    assert cued.dtype == np.uint8
+    assert cued[0].tolist() == expected
+    assert pixels[0, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("cue", [{"kind": "ruler"}, {"kind": "background"}, {"place": "centre"}, {"place": "random"}])
 def test_a_second_one_needs_another_side(cue):
     with pytest.raises(ValidationError, match="second: need a rectangle or a disc in a corner"):
         Shortcut(rate=RATE, second=True, **cue)
