@@ -182,7 +182,12 @@ class MetaLearning(Finetuning):
     gradient: Literal["exact", "last_layer"] = Field(
         "exact", description="last_layer: an approximation by the gradients of the last linear layer alone, far cheaper"
     )
-    epsilon: Float = Field(0.0, ge=0, description="added to the sum of weights, and to probabilities of soft targets")
+    epsilon: Float = Field(
+        0.0,
+        ge=0,
+        description="added to the sum of weights, and to probabilities of soft targets; with 0 a step whose weights "
+        "are all 0 is skipped, above it momentum and decay act in it",
+    )
 
     @model_validator(mode="after")
     def meta_fits(self) -> "MetaLearning":

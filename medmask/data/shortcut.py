@@ -59,7 +59,7 @@ def draw_cue(pixels: Pixels, shortcut: Shortcut, number: int) -> Pixels:
     """A copy of an RGB image with the cue; `number` names the draw of a random place."""
     if shortcut.kind in ("background", "foreground"):  # as aliasgharkhani/Masktune names them
         is_bright = pixels.max(axis=2, keepdims=True) > HALF
-        return np.where(is_bright == (shortcut.kind == "foreground"), np.uint8(shortcut.colour), pixels)
+        return np.where(is_bright == (shortcut.kind == "foreground"), np.array(shortcut.colour, dtype=np.uint8), pixels)
     height, width = pixels.shape[:2]
     side = shortcut.size + 2 * shortcut.margin
     if side > min(height, width):

@@ -64,10 +64,14 @@ class Batch:
 
 @dataclass
 class StepOutput:
-    """`loss`: the scalar to minimise, a mean over the batch; `logs`: more scalars for the history."""
+    """`loss`: the scalar to minimise, a mean over the batch; `logs`: more scalars for the history.
+
+    `skip`: () bool, the same on all ranks: where it is true the optimizers make no step.
+    """
 
     loss: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+    skip: Tensor | None = None
 
 
 class Method(nn.Module):

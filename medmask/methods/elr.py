@@ -26,7 +26,7 @@ class ELR(Method):
 
     def training_step(self, batch: Batch, clock: Clock) -> StepOutput:
         logits = self.network(batch.images)
-        probs = logits.float().softmax(1).clamp(LEAST, 1 - LEAST)
+        probs = logits.softmax(1).clamp(LEAST, 1 - LEAST)
         targets = renewed(self.memory_targets[self.rows(batch)], probs.detach(), self.cfg.memory)
         self.remember(batch, predicted=logits.argmax(1), targets=targets)
         regulariser = early_learning(targets, probs).mean()

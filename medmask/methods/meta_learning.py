@@ -38,12 +38,15 @@ class MetaLearning(Method):
         self.has_teacher = hasattr(cfg, "teacher")
         self.refurbishes = hasattr(cfg, "targets") and not self.has_teacher
         self.is_soft = getattr(cfg, "targets", "hard") == "soft"
+        self.skips = getattr(cfg, "weights", None) == "clamp" and cfg.epsilon == 0
         self.needs_truth = self.has_teacher  # type: ignore[misc]
         self.register_buffer("empty_steps", torch.zeros(()))
         self.empty_steps: Tensor
 
     def setup(self, data: Any, ctx: Ranks, optimizers: Mapping[str, optim.Optimizer]) -> None:
         super().setup(data, ctx, optimizers)
+        self.is_shared = ctx.world > 1 and self.cfg.meta.scope == "global"
+        self.is_alone = ctx.world > 1 and not self.is_shared
         n, unknown = len(data.train.labels), float("nan")
         if self.has_teacher:
             if data.teacher is None:
@@ -70,9 +73,9 @@ class MetaLearning(Method):
         else:
             direction = clean_direction(self.network, optimizer, *trusted)
             logits, tangents = forward_with_tangents(self.network, batch.images, direction)
-        targets = self.teach(batch, functional.one_hot(batch.labels, logits.shape[1]).to(at_least_float32(logits)))
+        targets = self.teach(batch, functional.one_hot(batch.labels, logits.shape[1]).to(logits.dtype))
         agreement = agreement_of(lambda scores: self.losses(scores, targets), logits, tangents)
-        weight, trust, is_empty = self.judge(agreement, optimizer.param_groups[0]["lr"], clock)
+        weight, trust, empty = self.judge(agreement, optimizer.param_groups[0]["lr"], clock)
         if self.refurbishes:
             targets = self.blend(batch, targets, logits.detach(), trust)
         known = {"weight": weight, "trust": trust, "label": targets.argmax(1), "targets": targets}
@@ -81,8 +84,9 @@ class MetaLearning(Method):
         loss = (weight * self.losses(logits, targets)).mean()
         if getattr(self.cfg, "reduction", "mean") == "sum":
             loss = loss * self.size
-        self.empty_steps += is_empty
-        return StepOutput(loss, {"meta/empty_steps": is_empty.float(), "meta/agreement": agreement.mean()})
+        self.empty_steps += empty.any()
+        logs = {"meta/empty_steps": empty.any().float(), "meta/agreement": agreement.mean()}
+        return StepOutput(loss, logs, skip=empty.all() if self.skips else None)
 
     def teach(self, batch: Batch, given: Tensor) -> Tensor:
         """The targets (N, K) before any blending: given labels, those of flipped images by the teacher."""
@@ -101,13 +105,13 @@ class MetaLearning(Method):
         return -(targets * logits.log_softmax(1)).sum(1)
 
     def judge(self, agreement: Tensor, lr: float, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (N,) of mean 1 over the batch, trusts (N,), and whether all weights of the batch are 0.
+        """Weights (N,) of mean 1 over the batch, trusts (N,), and whether all weights of a batch are 0, (1,).
 
-        Over the batch means over that of all ranks, unless `meta.scope` is rank.
+        The batch is that of all ranks, unless `meta.scope` is rank: then the last is (ranks,).
         """
         n = len(agreement)
         everyone, before = agreement, 0
-        if self.ctx.world > 1 and self.cfg.meta.scope == "global":
+        if self.is_shared:
             marked = torch.stack([agreement, torch.ones_like(agreement)], dim=1)
             whole = self.ctx.gather_rows(marked, self.most)
             is_there = ~whole[..., 1].isnan()  # an agreement may be NaN itself, in a training that diverges
@@ -115,20 +119,22 @@ class MetaLearning(Method):
         self.size = len(everyone)
         scaled = rescaled(everyone, self.cfg.rescale, lr)
         trust = scaled.sigmoid() if self.refurbishes else torch.ones_like(everyone)
-        weight, is_empty = torch.ones_like(everyone), agreement.new_zeros((), dtype=torch.bool)
+        weight, empty = torch.ones_like(everyone), agreement.new_zeros(1, dtype=torch.bool)
         if self.weighs:
             raw = everyone.clamp(min=0) if self.cfg.weights == "clamp" else scaled.sigmoid()
             weight, is_empty = normalised(raw, self.cfg.epsilon)
-        weight, trust = weight[before : before + n], trust[before : before + n]
+            empty = is_empty.view(1)
+            if self.is_alone:
+                empty = self.ctx.gather_rows(empty.float(), 1)[:, 0] > 0
         if getattr(self.cfg, "alternate", False):
             weight, trust = self.take_turns(weight, trust, clock)
-        return weight, trust, is_empty
+        return weight[before : before + n], trust[before : before + n], empty
 
     def take_turns(self, weight: Tensor, trust: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
         """At even steps of an epoch new weights and the trusts of the step before, at odd ones the other way round."""
         stale = 1 if clock.step_in_epoch % 2 == 0 else 0
         new = torch.stack([weight, trust])
-        start = len(weight) * self.ctx.rank  # all ranks have as many
+        start = len(weight) * self.ctx.rank if self.is_alone else 0  # alone, all ranks have as many
         new[stale] = self.before[stale, start : start + len(weight)]
         self.taken = new
         return new[0], new[1]
@@ -143,17 +149,15 @@ class MetaLearning(Method):
     def after_step(self, clock: Clock, ctx: Ranks) -> None:
         super().after_step(clock, ctx)
         if getattr(self.cfg, "alternate", False):
-            self.before.copy_(ctx.gather_rows(self.taken.T.contiguous(), self.taken.shape[1]).flatten(0, 1).T)
+            everyone = self.taken
+            if self.is_alone:
+                everyone = ctx.gather_rows(everyone.T.contiguous(), everyone.shape[1]).flatten(0, 1).T
+            self.before.copy_(everyone)
 
     def notes(self) -> list[str]:
-        n = int(self.empty_steps)
-        return (
-            [f"all weights of {n} steps were 0: their images taught nothing, momentum and decay went on"] if n else []
-        )
-
-
-def at_least_float32(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
+        n, whose = int(self.empty_steps), " of a rank" if self.is_alone else ""
+        done = "without any weight a step is skipped" if self.skips else "these images taught nothing"
+        return [f"all weights{whose} were 0 in {n} steps: {done}"] if n else []
 
 
 def rescaled(agreement: Tensor, how: str, lr: float) -> Tensor:
@@ -170,7 +174,7 @@ def normalised(weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Weights (N,) over their mean, all 0 where they are, and whether they are. With epsilon: over sum + epsilon."""
     total = weight.sum() + epsilon
     is_empty = weight.sum() == 0
-    return weight * (len(weight) / torch.where(is_empty, 1, total)), is_empty
+    return weight / torch.where(is_empty, 1, total) * len(weight), is_empty
 
 
 def blend_hard(given: Tensor, predicted: Tensor, trust: Tensor, how: str) -> Tensor:

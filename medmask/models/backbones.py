@@ -2,6 +2,7 @@
 
 import difflib
 
+import torch
 from torch import Tensor, nn
 
 from medmask.errors import ConfigError, suggest
@@ -32,7 +33,7 @@ class SmallCNN(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """A backbone and a head: (N, C, H, W) images to (N, K) logits."""
+    """A backbone and a head: (N, C, H, W) images to (N, K) logits, which are float32 under autocast too."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -40,7 +41,8 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
+        logits = self.head(self.backbone(images))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # softmax and losses would stay in bf16
 
 
 def build_backbone(name: str, channels: int) -> nn.Module:

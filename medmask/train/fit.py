@@ -137,14 +137,15 @@ class Run:
         keep_frozen(self.method)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(clock, parts)
+        loss, skip = self.backward(clock, parts)
         due = self.ctx.is_main and time.monotonic() - self.saved_at > self.save_every
         verdict = self.ctx.agree(loss, stop, due)
         self.check_finite(verdict, clock.step - 1)
         if self.cfg.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.cfg.clip_norm)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        if not skip:
+            for optimizer in self.optimizers.values():
+                optimizer.step()
         if uses_statistics and self.ctx.world > 1 and not self.cfg.sync_bn:
             share_statistics(self.method)
         self.method.after_step(clock, self.ctx)
@@ -153,15 +154,15 @@ class Run:
             self.write_log(clock)
         return verdict
 
-    def backward(self, clock: Clock, parts: Iterator[Batch]) -> Tensor:
-        """Gradients of the mean loss over the global batch, part by part; returns this rank's share of the loss.
+    def backward(self, clock: Clock, parts: Iterator[Batch]) -> tuple[Tensor, bool]:
+        """Gradients of the mean loss over the global batch, part by part; this rank's share of the loss, and `skip`.
 
         DistributedDataParallel takes the mean over ranks, so a rank's mean over its own images is scaled by its
         number of images, times the number of ranks, over those of all.
         """
         size = len(self.plan.span(clock.step_in_epoch))
         n_parts = len(self.plan.parts(size))
-        total = torch.zeros((), device=self.ctx.device)
+        total, skip = torch.zeros((), device=self.ctx.device), True
         for part in range(n_parts):
             batch = next(parts).to(self.ctx.device)
             scale = len(batch.images) * self.ctx.world / size
@@ -172,12 +173,13 @@ class Run:
                 loss = out.loss * scale
                 loss.backward()
             total = total + loss.detach().float()
+            skip = skip and bool(out.skip)
             self.add(out.logs, scale)
         self.add({"loss/total": total}, 1.0)
         self.state.steps_summed += 1
         self.state.images_seen += size
         self.images_logged += size
-        return total
+        return total, skip
 
     def add(self, values: Mapping[str, Tensor], scale: float) -> None:
         sums = self.state.sums

@@ -15,7 +15,10 @@ from medmask.errors import ConfigError, Stopped
 from medmask.methods import build_method
 from medmask.methods.base import Batch, Clock
 from medmask.methods.meta_learning import blend_hard, normalised, rescaled
+from medmask.models.backbones import Classifier
+from medmask.train.checkpoint import Checkpointer
 from medmask.train.distributed import DistContext
+from medmask.train.fit import Execution, fit
 from medmask.train.loader import MetaPlan, Parts, Plan, training_parts
 from medmask.train.optim import build_optimizers
 from tests.toy import StopAfter, is_same, run_fit, settings, tiny_network, toy_data
@@ -167,7 +170,26 @@ def test_a_batch_without_a_weight_teaches_nothing_and_is_counted(tmp_path):
     assert float(method.network.head.weight.grad.abs().max()) == 0
     method.after_step(clock(0), DistContext())
     assert method.memory()["weight"][[0, 2, 4]].tolist() == [0, 0, 0]
-    assert method.notes() == ["all weights of 1 steps were 0: their images taught nothing, momentum and decay went on"]
+    assert method.notes() == ["all weights were 0 in 1 steps: without any weight a step is skipped"]
+
+
+@pytest.mark.parametrize("epsilon", [0, 1e-10])
+def test_steps_without_a_weight_leave_the_network_alone_but_as_published(tmp_path, epsilon):
+    data = toy_data(tmp_path / "data")
+    data.train.labels[:], data.meta_set.labels[:] = 0, 1  # no image agrees with a trusted one: they look too much alike
+    keys = {"momentum": 0.9, "weight_decay": 0.1, "epochs": 3, "batch_size": 5, "epsilon": epsilon}
+    network = Classifier(nn.Flatten(), nn.Linear(64, 2, bias=False))
+    before = network.head.weight.detach().clone()
+    with pytest.raises(Stopped):  # a skipped step is gone on from, too
+        run_fit(settings(method="reweight", **keys), data, tmp_path, network=network, stop=StopAfter(2))
+    method = build_method("reweight", network, settings(method="reweight", **keys))
+    run = Execution(DistContext(), Checkpointer(tmp_path, "k"), tmp_path)
+    state = fit(method.cfg, method, data, run)
+    assert (method.memory()["weight"] == 0).all()
+    assert torch.equal(network.head.weight, before) == (epsilon == 0)
+    assert bool(method.optimizers["network"].state) == (epsilon > 0)
+    said = "without any weight a step is skipped" if epsilon == 0 else "these images taught nothing"
+    assert method.notes() == [f"all weights were 0 in {state.step} steps: {said}"]
 
 
 def test_scales_before_the_sigmoid():
@@ -184,6 +206,7 @@ def test_normalised_weights():
     weight, is_empty = normalised(torch.zeros(2), 0.0)
     assert (weight.tolist(), bool(is_empty)) == ([0, 0], True)
     assert normalised(torch.tensor([1.0, 3.0]), 4.0)[0].tolist() == [0.25, 0.75]
+    assert normalised(torch.tensor([0.0, 1e-40]), 0.0)[0].tolist() == [0, 2]
 
 
 def test_hard_blends():
@@ -220,6 +243,21 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path, name, stop_
     resumed, _ = run_fit(cfg, data, tmp_path / "parts", network=tiny_network(seed=9), with_memory=True)
     assert is_same(whole, resumed)
     assert not whole["memory.predicted"].isnan().all()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "published" not in name])
+def test_bf16_is_for_the_network_alone(tmp_path, name):
+    data = toy_data(tmp_path / "data", flip_every=3)
+    cfg = settings(**{**VARIANTS[name], "precision": "bf16"})
+    found, state = run_fit(cfg, data, tmp_path / "work", with_memory=True)
+    assert all(value.dtype == torch.float32 for value in found.values() if value.is_floating_point())
+    if "memory.targets" in found:
+        torch.testing.assert_close(found["memory.targets"].sum(1), torch.ones(21), rtol=0, atol=1e-6)
+    whole, full = run_fit(cfg.model_copy(update={"precision": "fp32"}), data, tmp_path / "full", with_memory=True)
+    assert 0 < abs(state.last["loss"] - full.last["loss"]) < 0.05
+    for column in ("weight", "trust"):
+        if (key := f"memory.{column}") in found:
+            torch.testing.assert_close(found[key], whole[key], rtol=0, atol=0.5)
 
 
 def test_trusted_images_of_a_step():

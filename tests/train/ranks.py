@@ -19,15 +19,19 @@ from medmask.train.distributed import DistContext, Verdict, distributed
 from tests.toy import StopAfter, run_fit, settings, tiny_network, toy_data
 
 PUBLISHED = {"mode": "as_published", "ranks": 2, "batch_size": 8, "meta": {"size": 3}}
+OWN = {"batch_size": 4, "ranks": 2, "sync_bn": False}
 STOPPED = "refurbish, stopped"
+ALONE = "reweight, each rank alone"
 TRAININGS = {
     **{f"method {name}": {"method": name} for name in METHODS},
     "reweight, sigmoid": {"method": "reweight", "weights": "sigmoid", "rescale": "none"},
     "refurbish, hard": {"method": "refurbish", "targets": "hard", "reduction": "sum", "lr": 0.005},
     "proposal, soft": {"method": "proposal", "targets": "soft", "rescale": "lr", "augment": {"flip": 0.5}},
+    "proposal, in turns": {"method": "proposal", "alternate": True, "drop_last": True},
     "confident, reweight": {"method": "confident", "errors": "reweight"},
     STOPPED: {"method": "refurbish"},
     **{f"published {name}": {"method": name, **PUBLISHED} for name in ("reweight", "proposal")},
+    ALONE: {"method": "reweight", **OWN, "drop_last": True, "meta": {"size": 1, "scope": "rank"}},
     "parts": {"accumulate": 2},
     "frozen": {},
     "own statistics": {"sync_bn": False, "ranks": 2, "batch_size": 8, "drop_last": True},

@@ -13,7 +13,7 @@ from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
 from medmask.train.loader import Plan
 from tests.toy import is_same, run_fit, run_two_ranks, settings, tiny_network, toy_data
-from tests.train.ranks import STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
+from tests.train.ranks import ALONE, STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_ranks_end_with_equal_weights(ranks):
 
 def test_two_ranks_end_with_the_weights_of_one(ranks):
     (first, _), alone, _ = ranks
-    assert set(first) - set(alone) == {"norm", "own statistics", "published reweight", "published proposal"}
+    assert set(first) - set(alone) == {"norm", "own statistics", ALONE, "published reweight", "published proposal"}
     for name, expected in alone.items():
         for key, value in expected.items():
             is_close = torch.allclose(first[name][key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -87,6 +87,13 @@ def test_weights_are_normalised_over_all_ranks_or_as_published_by_each(ranks):
     whole = (corrected * [[4, 5], [4, 5], [1, 2]]).sum(1) / [9, 9, 3]
     assert whole == pytest.approx(np.where(whole > 0, 1, 0), abs=1e-5)
     assert (whole > 0).any()
+
+
+def test_a_step_is_skipped_only_where_no_rank_has_a_weight(ranks):
+    (first, second), _, _ = ranks
+    shares = shares_of_weight(first[ALONE]["memory.weight"], ALONE)
+    assert (shares.round(4) == [0, 1]).all(1).any()  # here one rank alone has none
+    assert is_same(first[ALONE], second[ALONE])
 
 
 def test_own_statistics_make_a_difference(ranks):
