@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medmask.artifacts import Artifact, make_artifact, readable
+from medmask.checks import check_trusted
 from medmask.config.finetuning import Audit, ConfidentLearning, Explanation, Finetuning, MaskRule, Source
 from medmask.config.load import Blocks
 from medmask.config.training import Training, Weights
@@ -183,11 +184,7 @@ class Builder:
         if block.data is not None:
             cell = cell.with_blocks(**block.data.model_dump())
         data = self.data(cell, seed)
-        if (hasattr(block, "meta") or "meta_set" in block.train_on) and not data["split"].settings.get("meta_set"):
-            raise ConfigError(
-                f"splits.{cell.split}.meta_set: a needed key is missing: {cell.where()} trains with trusted images "
-                f"({block.method}, train_on {', '.join(block.train_on)})"  # type: ignore[attr-defined]
-            )
+        check_trusted(block, data["split"].settings.get("meta_set"), cell)
         init = models.get("init")
         trained = {(self.source(cell), data["data"].digest, data["split"].digest)}
         ignore = {"backbone"} if init else set()

@@ -1,10 +1,11 @@
 """What an experiment names must exist: rows, fields, cells, test sets. Imports no torch and no numpy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medmask.config.experiments import Experiment
 from medmask.config.load import Blocks
+from medmask.config.training import Training
 from medmask.errors import ConfigError, lookup, suggest
 from medmask.grid import Cell, row_axes
 
@@ -78,3 +79,21 @@ def test_sets(cell: Cell, blocks: Blocks) -> list[str]:
 
 
 test_sets.__test__ = False  # type: ignore[attr-defined]
+
+
+def check_trusted(block: Training, wish: Mapping[str, Any] | None, cell: Cell) -> None:
+    """A training with trusted images needs a meta set, and no more of it in a step than it can have."""
+    meta = getattr(block, "meta", None)
+    if meta is None and "meta_set" not in block.train_on:
+        return
+    if not wish:
+        raise ConfigError(
+            f"splits.{cell.split}.meta_set: a needed key is missing: {cell.where()} trains with trusted images "
+            f"({block.method}, train_on {', '.join(block.train_on)})"  # type: ignore[attr-defined]
+        )
+    most = wish.get("draw") or sum(wish.get("counts", {}).values())  # else the split tells
+    if meta is not None and meta.size is not None and most and meta.size > most:
+        raise ConfigError(
+            f"finetunings.{cell.finetune}.meta.size: need at most the {most} images of splits.{cell.split}.meta_set, "
+            f"got {meta.size}"
+        )

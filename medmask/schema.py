@@ -12,7 +12,16 @@ from medmask import io
 from medmask.config.base import Block, Needs
 from medmask.config.data import Dataset, MetaSet, Noise, Shortcut, Split
 from medmask.config.experiments import Claim, Config, Evaluation, Experiment, Published, Row, Table
-from medmask.config.finetuning import AnyFinetuning, Finetuning, MaskRule, Meta, MetaLearning, SaliencyMaps, Source
+from medmask.config.finetuning import (
+    AnyFinetuning,
+    Finetuning,
+    MaskRule,
+    Meta,
+    MetaLearning,
+    Refurbish,
+    SaliencyMaps,
+    Source,
+)
 from medmask.config.training import (
     Augment,
     DataRef,
@@ -105,8 +114,9 @@ def table(name: str, model: type[Block], parents: type[BaseModel] | None) -> lis
     ]
     lines = ([f"### {name}", ""] if name else []) + [str(model.__doc__).strip().splitlines()[0], ""]
     if model.PUBLISHED and "mode" in model.model_fields:
-        preset = ", ".join(f"`{key}: {io.to_json(value)}`" for key, value in model.PUBLISHED.items())
-        lines += [f"`mode: as_published` sets {preset}.", ""]
+        lines += [f"`mode: as_published` sets {preset_text(model.PUBLISHED)}.", ""]
+    if issubclass(model, Refurbish):
+        lines += [f"With `targets: hard` it sets {preset_text(model.PUBLISHED_HARD)}.", ""]
     if not keys or keys == ["method"]:
         return [*lines, "No further keys.", ""] if keys == ["method"] else lines
     schema = model.model_json_schema()["properties"]
@@ -116,6 +126,10 @@ def table(name: str, model: type[Block], parents: type[BaseModel] | None) -> lis
         text = (field.description or "").replace("|", "\\|")
         lines.append(f"| `{key}` | {values(schema[key])} | {default(field)} | {text} |")
     return [*lines, ""]
+
+
+def preset_text(preset: dict[str, Any]) -> str:
+    return ", ".join(f"`{key}: {io.to_json(value)}`" for key, value in preset.items())
 
 
 def default(field: Any) -> str:

@@ -174,6 +174,21 @@ BAD = {
         {"dataset": "digits", "split": "other"},
         "has trained on the test images of dataset digits, split holdout",
     ),
+    "trusted images of no meta set": (
+        "finetunings/plain/method",
+        "reweight",
+        "meta_set: a needed key is missing: experiments.e.runs.scratch trains with trusted images (reweight, ",
+    ),
+    "training on no meta set": (
+        "finetunings/plain/train_on",
+        ["train", "meta_set"],
+        "splits.holdout.meta_set: a needed key is missing",
+    ),
+    "upper bound without a teacher": (
+        "finetunings/plain/method",
+        "upper_bound",
+        "finetunings.plain.teacher: needed by `method: upper_bound`",
+    ),
 }
 
 
@@ -183,6 +198,15 @@ def test_mistake_is_refused_with_the_key(name):
     text = refused(put(small(), path, value))
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wish", [{"draw": 8}, {"counts": {"0": 5, "1": 3}}])
+def test_a_step_cannot_have_more_trusted_images_than_there_are(wish):
+    raw = put(small(), "splits/holdout/meta_set", wish)
+    raw["finetunings"]["plain"] |= {"method": "reweight", "meta": {"size": 9}}
+    text = refused(raw)
+    assert text == "finetunings.plain.meta.size: need at most the 8 images of splits.holdout.meta_set, got 9"
+    make_plan(load_config(put(raw, "finetunings/plain/meta", {"size": 8})))
 
 
 CONFIDENT = {

@@ -124,20 +124,20 @@ def run_fit(
     return {name: value.clone() for name, value in {**method.export(), **memory}.items()}, state
 
 
-def run_two_ranks(module: str, folder: Path) -> list[dict[str, Any]]:
-    """Start `python -m module folder` as two gloo processes; what each of them left in `rank<r>.pt`."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+def run_ranks(module: str, folder: Path, n: int = 2) -> list[dict[str, Any]]:
+    """Start `python -m module folder` as `n` gloo processes; what each of them left in `rank<r>.pt`."""
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for rank in range(n)
     ]  # fmt: skip
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [process.returncode for process in processes] == [0] * n, errors
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(n)]
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -17,10 +17,10 @@ import yaml
 HERE = Path(__file__).parent
 SPECIAL = {  # figures that only some experiments have
     "weights": "what weights and trusts tell of flipped labels",
+    "curves": "loss, validation and what becomes of flipped images by epoch",
     "coverage": "errors by coverage",
     "panels": "what the worst and the best masks leave to look at",
 }
-LEARNS = ("reweight", "refurbish", "proposal", "upper_bound")  # methods with weights or trusts
 
 
 def main(config: Path) -> None:
@@ -48,7 +48,8 @@ def special_figures(folder: Path, name: str) -> list[str]:
     """Copy the figures that the runs of an experiment have something for, and the lines that show them."""
     settings = [run["settings"] for run in runs_of(folder)]
     shown = {
-        "weights": any(each.get("finetune", {}).get("method") in LEARNS for each in settings),
+        "weights": any(weighs(each.get("finetune", {})) for each in settings),
+        "curves": any(each.get("noise", {}).get("rate") for each in settings),
         "coverage": any(each["evaluate"].get("coverages") for each in settings),
         "panels": any("mask" in each for each in settings),
     }
@@ -58,6 +59,11 @@ def special_figures(folder: Path, name: str) -> list[str]:
             shutil.copyfile(folder / "figures" / f"{what}.png", HERE / f"{name}.{what}.png")
             lines += [f"![{caption}]({name}.{what}.png)", ""]
     return lines
+
+
+def weighs(training: dict[str, Any]) -> bool:
+    """Whether a finetuning gives its images weights or trusts."""
+    return "meta" in training or training.get("errors") == "reweight"
 
 
 def runs_of(folder: Path) -> list[dict[str, Any]]:

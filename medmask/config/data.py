@@ -97,8 +97,8 @@ class MetaSet(Block):
         drawn = self.draw is not None or self.per_class is not None
         if sum((self.list is not None, drawn, self.counts is not None)) != 1:
             raise ValueError("meta_set: give `list`, or `draw` and `per_class`, or `counts`")
-        if self.counts is not None and min(self.counts.values()) < 0:
-            raise ValueError(f"counts: need numbers of images, got {self.counts}")
+        if self.counts is not None and (min(self.counts.values()) < 0 or not any(self.counts.values())):
+            raise ValueError(f"counts: need numbers of images, one of them above 0, got {self.counts}")
         return self
 
 

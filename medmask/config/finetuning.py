@@ -1,6 +1,6 @@
 """Config of the stages finetune and mask: one class a method."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,7 +209,14 @@ class Reweight(MetaLearning):
 class Refurbish(MetaLearning):
     """Labels blended with predictions by a trust that the trusted images teach."""
 
-    PUBLISHED = {**META_PUBLISHED, "reduction": "sum", "epsilon": 0.0, "blend": "index", "drop_last": False}
+    PUBLISHED = {**META_PUBLISHED, "reduction": "sum", "clip_norm": None, "meta": {"scope": "rank"}}
+    PUBLISHED_HARD: ClassVar[dict[str, Any]] = {
+        **META_PUBLISHED,
+        "reduction": "sum",
+        "epsilon": 0.0,
+        "blend": "index",
+        "drop_last": False,
+    }
     method: Literal["refurbish"]
     targets: Literal["hard", "soft"] = Field(
         "soft", description="blend with the predicted class; or a table of soft labels with the prediction"
@@ -221,8 +228,7 @@ class Refurbish(MetaLearning):
 
     @classmethod
     def preset(cls, given: dict[str, Any]) -> dict[str, Any]:
-        soft = {**META_PUBLISHED, "reduction": "sum", "clip_norm": None, "meta": {"scope": "rank"}}
-        return cls.PUBLISHED if given.get("targets") == "hard" else soft
+        return cls.PUBLISHED_HARD if given.get("targets") == "hard" else cls.PUBLISHED
 
 
 class Proposal(MetaLearning):

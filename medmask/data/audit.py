@@ -71,7 +71,9 @@ def find_errors(labels: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.n
         warnings.simplefilter("always")
         found = find_label_issues(labels, probs, n_jobs=1)
         quality = get_label_quality_scores(labels, probs)
-    return found, quality, list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in said))
+    notes = list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in said))
+    absent = set(range(probs.shape[1])) - set(labels.tolist())  # as UNK of ISIC 2019: there is nothing to find in it
+    return found, quality, [note for note in notes if not any(f"in class: {k}," in note for k in absent)]
 
 
 def judge_search(found: np.ndarray, is_flipped: np.ndarray) -> dict[str, Any]:

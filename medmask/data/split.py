@@ -177,10 +177,13 @@ def take_meta_set(table: pd.DataFrame, wish: MetaSet, lists: Mapping[str, int], 
         return []
     lookup(lists, wish.list, "split.meta_set.list")
     listed = table["split_hint"].str.split(";").map(lambda names: wish.list in names)
+    if not listed.any():
+        raise DataError(f"split.meta_set: need images in list {wish.list}, and none of its images is in this dataset")
     taken = listed & (table["side"] != "")
     crossing = listed & used & ~taken
-    if crossing.any() and cfg.crossing == "refuse":
-        raise DataError(f"split.meta_set: groups on another side: {few(table['image_id'][crossing])}")
+    if cfg.crossing == "refuse" and (taken | crossing).any():
+        ids = few(table["image_id"][taken | crossing])
+        raise DataError(f"split.meta_set: images, or their groups, on another side: {ids}; see `crossing`")
     if cfg.crossing == "keep":
         return share_meta_set(table, listed, crossing)
     left_out = taken | crossing

@@ -239,6 +239,7 @@ def weights_figure(cells: Sequence[Cell]) -> Figure:
                 style: Any = {"histtype": "step", "color": COLOURS[is_flipped], "label": label, "lw": 1.5}
                 ax.hist(part, edges.tolist(), weights=np.full(len(part), 1 / len(part)), **style)
         ax.set_title(wrapped(title, 32))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper right", ncols=2)
     figure.supylabel("share of the images")
     return figure

@@ -8,6 +8,7 @@ from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
 from medmask.evaluation.coverage import coverage_notes
 from medmask.evaluation.groups import group_notes
+from medmask.evaluation.learnt import learnt_notes
 from medmask.evaluation.statistics import rank_correlation
 
 TRAINED = ("pretrain", "audit", "finetune")
@@ -28,7 +29,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
     notes += unique(f"{run['dataset']}: {note}" for run in finished for note in (run.metrics or {}).get("notes", []))
     notes += training_notes([cell for cell in cells if cell.finished])
     notes.append(seed_note(settings, cells))
-    notes += selection_notes(runs, measure)
+    notes += selection_notes(cells, measure)
     notes.append(
         f"Brackets: 95 % interval from {draws} bootstrap draws over seeds and groups of test images together "
         "(groups alone where one seed has finished). ± is the standard deviation over seeds."
@@ -46,6 +47,7 @@ def footnotes(settings: dict[str, Any], cells: Sequence[Cell], measure: Measure,
             "seeds, and the binomial error of the published number of test images, approximate unless accuracy)."
         )
     notes += rank_notes(cells, measure) + group_notes(cells, measure) + coverage_notes(cells, measure)
+    notes += learnt_notes(cells)
     return notes + failure_notes(cells)
 
 
@@ -126,11 +128,12 @@ def seed_note(settings: dict[str, Any], cells: Sequence[Cell]) -> str:
     return f"The {len(seeds)} seeds ({', '.join(map(str, seeds))}) vary: {varied}. All share the split."
 
 
-def selection_notes(runs: Sequence[Run], measure: Measure) -> list[str]:
+def selection_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
     """Which epoch is shown, by what the best one was chosen, and on labels of what quality."""
     shown = "the last epoch" if measure.selection == "last" else "the epoch that was best on validation"
     rules: dict[str, list[str]] = {}
-    for run in runs:
+    for cell in cells:
+        run = cell.runs[0]
         training = run.settings.get("finetune") or run.settings.get("pretrain") or {}
         if "select" not in training:
             continue
@@ -140,11 +143,9 @@ def selection_notes(runs: Sequence[Run], measure: Measure) -> list[str]:
         rule = f"{training['select']} on {'noisy' if noisy else 'clean'} validation labels"
         if run.read("split", "split.json").get("sides", {}).get("val", {}).get("n") == 0:
             rule = "nothing, since there are no validation images"
-        rules.setdefault(rule, []).append(str(run["noise"]))
-    named = [
-        rule if len(rules) == 1 else f"{rule} (noise {', '.join(dict.fromkeys(noises))})"
-        for rule, noises in rules.items()
-    ]
+        rules.setdefault(rule, []).append(cell.name)
+    n = sum(map(len, rules.values()))
+    named = [rule if len(rules) == 1 else f"{rule} ({who(names, n)})" for rule, names in rules.items()]
     best = f" The best epoch was chosen by {'; '.join(named)}." if named else ""
     return [f"Shown: {shown}.{best} No epoch was chosen on the test set."]
 

@@ -46,14 +46,19 @@ def clean_direction(
 
     Raises
     ------
-    ConfigError : an optimizer whose step has no known derivative.
+    ConfigError : an optimizer whose step has no known derivative; one image where batch norm has no other value.
     """
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     steps = virtual_steps(optimizer, list(trained.values()))
     moving = {name: steps[p] for name, p in trained.items() if p in steps}
     moved = {name: target.requires_grad_() for name, (target, _) in moving.items()}
     with torch.enable_grad():
-        logits = functional_call(network, {**moved, **copied_buffers(network)}, images)
+        try:
+            logits = functional_call(network, {**moved, **copied_buffers(network)}, images)
+        except ValueError as error:  # torch's batch norm
+            raise ConfigError(
+                f"meta.size: {len(images)} trusted images are too few for this network; {error}"
+            ) from error
         loss = functional.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
     return {

@@ -14,6 +14,7 @@ from medmask.evaluation.collect import read_runs
 from medmask.evaluation.coverage import coverage_grids
 from medmask.evaluation.footnotes import footnotes
 from medmask.evaluation.groups import group_grids
+from medmask.evaluation.learnt import learnt_grids
 from medmask.evaluation.render import to_html, to_markdown, to_tex
 from medmask.evaluation.tables import SUMMARY_COLUMNS, TABLE_COLUMNS, make_document, run_rows, summary_rows, table_rows
 
@@ -69,6 +70,7 @@ def run(cfg: Aggregation, *, runs: Path, **outputs: Path) -> None:
         more=[
             *group_grids(cells, measure, shape["decimals"]),
             *coverage_grids(cells, measure, shape["decimals"]),
+            *learnt_grids(cells, shape["decimals"]),
         ],
     )
     outputs["table_md"].write_text(to_markdown(document), encoding="utf-8")

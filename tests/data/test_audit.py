@@ -55,6 +55,13 @@ def test_every_given_label_needs_as_many_groups_as_folds():
         assign_folds(labels[:0], groups[:0], 4, 0, CLASSES)
 
 
+def test_a_class_without_labels_is_not_warned_of():
+    labels = np.array([0, 0, 0, 2, 2])
+    probs = np.eye(4)[labels] * 0.8 + 0.05
+    assert find_errors(labels, probs)[2] == []
+    assert "too few examples" in find_errors(np.append(labels, 3), np.eye(4)[[0, 0, 0, 2, 2, 0]] * 0.8 + 0.05)[2][0]
+
+
 # 0.9 for one's own class, but for image 3, labelled 0 and predicted 1, and image 7, labelled 1 and predicted 0
 LABELS = np.repeat([0, 1], 4)
 PROBS = np.array([[0.9, 0.1]] * 3 + [[0.1, 0.9]] + [[0.1, 0.9]] * 3 + [[0.9, 0.1]])

@@ -29,8 +29,8 @@ def make_manifest(labels, groups=None, hints=None, pixels=None):
     )
 
 
-def split(manifest, orders=None, **keys):
-    names = {name for hint in manifest["split_hint"] for name in hint.split(";")} - {""}
+def split(manifest, orders=None, also=(), **keys):
+    names = {name for hint in manifest["split_hint"] for name in hint.split(";")} - {""} | {*also}
     dataset = {"classes": CLASSES, "lists": dict.fromkeys(names, 1), "orders": orders or {}}
     return make_split(manifest, dataset, Split(**keys))
 
@@ -308,8 +308,17 @@ def test_meta_set_from_a_list():
         "Of 4 images of the meta set 1 on the side train and 1 on the side test too: kept, as published.",
         "1 more images of the meta set show groups of another side: kept, as published.",
     ]
-    with pytest.raises(DataError, match="groups on another side: i2"):
+    with pytest.raises(DataError, match="groups, on another side: i0, i1, i2; see `crossing`"):
         meta(manifest, {"list": "m"}, crossing="refuse")
+    with pytest.raises(DataError, match="groups, on another side: i1; see `crossing`"):
+        meta(make_manifest([0] * 3, None, ["train", "test;m", "m"]), {"list": "m"}, crossing="refuse")
+
+
+@pytest.mark.parametrize("crossing", ["drop", "keep", "refuse"])
+def test_a_list_without_images_is_no_meta_set(crossing):
+    manifest = make_manifest([0, 1], None, ["train", "test"])
+    with pytest.raises(DataError, match="need images in list m, and none of its images is in this dataset"):
+        split(manifest, also=["m"], kind="lists", crossing=crossing, meta_set={"list": "m"})
 
 
 def test_meta_set_of_given_class_counts():
@@ -327,6 +336,12 @@ def test_meta_set_of_given_class_counts():
 
 
 def test_meta_set_has_one_source():
-    for wish in ({}, {"list": "m", "draw": 1}, {"counts": {"a": 1}, "per_class": 1}, {"counts": {"a": -1}}):
+    for wish in (
+        {},
+        {"list": "m", "draw": 1},
+        {"counts": {"a": 1}, "per_class": 1},
+        {"counts": {"a": -1}},
+        {"counts": {"a": 0}},
+    ):
         with pytest.raises(ValueError, match=r"give `list`|numbers of images"):
             Split(kind="lists", meta_set=wish)

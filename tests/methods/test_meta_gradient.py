@@ -21,7 +21,7 @@ from medmask.methods.meta_gradient import (
 )
 from medmask.train.batchnorm import convert_batchnorm
 from medmask.train.distributed import distributed
-from tests.toy import is_same, run_two_ranks
+from tests.toy import is_same, run_ranks
 
 N, CLEAN, CLASSES = 6, 3, 4
 
@@ -313,6 +313,13 @@ def test_a_step_without_known_derivative_is_refused(make, name):
         clean_direction(network, make(network.parameters(), lr=0.1), *make_batches()[2:])
 
 
+def test_one_trusted_image_is_too_few_for_a_batch_norm_of_features():
+    network = make_network()
+    _, _, images, labels = make_batches()
+    with pytest.raises(ConfigError, match="1 trusted images are too few for this network"):
+        clean_direction(network, SGD(network.parameters(), lr=0.1), images[:1], labels[:1])
+
+
 def test_a_network_without_a_linear_layer_has_no_last_one():
     network = nn.Sequential(nn.Conv2d(2, CLASSES, 6), nn.Flatten())
     with pytest.raises(ConfigError, match="no linear layer that is trained"):
@@ -385,7 +392,7 @@ def direction_and_agreement(network, rank=None):
 
 def test_two_ranks_find_what_one_process_finds(tmp_path):
     """Each rank has the clean gradient of one process, not a multiple; a sum of weighted losses gives its gradients."""
-    ranks = run_two_ranks("tests.methods.test_meta_gradient", tmp_path)
+    ranks = run_ranks("tests.methods.test_meta_gradient", tmp_path)
     expected = direction_and_agreement(make_network().train())
     for key, value in expected.items():
         found = [rank[key] for rank in ranks]

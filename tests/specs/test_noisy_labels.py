@@ -170,6 +170,37 @@ def test_published_clean_images_that_are_on_another_side(manifest):
     assert summary["sides"]["meta_set"]["n"] == 5
 
 
+VALUES = {
+    ("baseline", "none"): 0.797, ("baseline", "published20"): 0.68, ("baseline", "published40"): 0.55,
+    ("clamp", "published20"): 0.67, ("clamp", "published40"): 0.60,
+    ("sigmoid", "published20"): 0.68, ("sigmoid", "published40"): 0.64,
+    ("sigmoid125", "published20"): 0.69, ("sigmoid125", "published40"): 0.66,
+    ("hard", "published40"): 0.60, ("soft", "published40"): 0.56, ("proposal", "published40"): 0.557,
+    ("upper", "published40"): 0.70,
+}  # fmt: skip
+
+
+def test_published_values_and_settings():
+    paper = yaml.safe_load((Path(__file__).parents[2] / "config/papers/noisy_labels.yaml").read_text())
+    experiment = paper["experiments"]["noisy_labels"]
+    found = {(v["run"], v.get("where", {}).get("noise", "published40")): v["value"] for v in experiment["published"]}
+    assert found == VALUES
+    assert {v["n"] for v in experiment["published"]} == {1250}
+    blocks = {n: TypeAdapter(AnyFinetuning).validate_python(b) for n, b in paper["finetunings"].items()}
+    expected = {"published": (None, False), "published_clamp": (0.25, True), "published_sigmoid": (0.25, True)}
+    expected |= {"published_hard": (0.25, False), "published_soft": (None, True)}
+    expected |= {"published_proposal": (0.25, True), "published_upper": (0.25, True)}
+    for name, (clip, drops) in expected.items():
+        cfg = blocks[name]
+        assert (cfg.clip_norm, cfg.drop_last, cfg.momentum, cfg.weight_decay) == (clip, drops, 0, 1e-4), name
+        assert (cfg.epochs, cfg.batch_size, cfg.order, cfg.train_mode) == (200, 128, "fixed", "first_step")
+        assert cfg.augment.model_dump() == {
+            "flip": 0.5, "vertical_flip": 0, "rotate": 180, "crop_scale": (0.3, 1), "crop_ratio": (3 / 4, 4 / 3),
+        }  # fmt: skip
+    assert blocks[blocks["published_upper"].teacher.finetune].epochs == 180
+    assert (blocks["published_upper"].weights, blocks["published_upper"].rescale) == ("sigmoid", "none")
+
+
 def linear_step(labels, weights, clean_label=0):
     """Weights, trusts and loss of two examples x = 1 of a linear net at 0 with two classes, at a rate of 0.1."""
     network = torch.nn.Linear(1, 2, bias=False)
@@ -232,6 +263,7 @@ def test_fact_9_learning_rates_on_four_processes():
 
 
 def test_fact_10_steps_of_an_epoch_on_four_processes():
+    """The tests within an epoch, at steps 0, 10, 20 and 30, are defect 10: here an epoch is validated at its end."""
     keys = {"method": "reweight", "mode": "as_published", "epochs": 1, "batch_size": 128, "lr": 0.004, "ranks": 4}
     assert Plan(Reweight(**keys), 5000, world=4).steps == 39
     assert Plan(Reweight(**keys, drop_last=False), 5000, world=4).steps == 40

@@ -391,6 +391,10 @@ def test_what_was_learnt_of_the_images(tmp_path):
     assert list(soft.columns) == ["image_id", "prob_c0", "prob_c1"]
     assert soft[["prob_c0", "prob_c1"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(34), abs=1e-5)
     assert not (tmp_path / "work" / "per_image").exists()
+    cfg = {**SETTINGS, "method": "elr"}  # its running means begin at 0
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path, data, **more)]) == 0
+    soft = pd.read_csv(more["soft-labels"])
+    assert soft[["prob_c0", "prob_c1"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(34), abs=1e-5)
     assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(tmp_path, data, **more)]) == 0
     assert [path.read_text().count("\n") for path in more.values()] == [1, 1]
 

@@ -1,4 +1,4 @@
-"""Two gloo processes compute what one does; all of it in one start of two processes."""
+"""Two gloo processes, and four, compute what one does; all of it in one start of each number."""
 
 import copy
 
@@ -9,18 +9,21 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from medmask.errors import ConfigError, LaunchError
+from medmask.methods import build_method
+from medmask.methods.base import Clock
 from medmask.train.batchnorm import GlobalBatchNorm, convert_batchnorm
 from medmask.train.distributed import DistContext, choose_device, distributed
-from medmask.train.loader import Plan
-from tests.toy import is_same, run_fit, run_two_ranks, settings, tiny_network, toy_data
-from tests.train.ranks import ALONE, STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
+from medmask.train.loader import Parts, Plan
+from medmask.train.optim import build_optimizers
+from tests.toy import is_same, run_fit, run_ranks, settings, tiny_network, toy_data
+from tests.train.ranks import ALONE, FOUR, ONE_STEP, STOPPED, TRAININGS, norm_images, norm_loss, norm_network, train_all
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two ranks has found, and what one process finds."""
     folder = tmp_path_factory.mktemp("ranks")
-    return run_two_ranks("tests.train.ranks", folder), train_all(folder, DistContext()), folder
+    return run_ranks("tests.train.ranks", folder), train_all(folder, DistContext()), folder
 
 
 def test_batch_norm_over_ranks_has_the_gradients_of_one_process(ranks):
@@ -47,11 +50,41 @@ def test_ranks_end_with_equal_weights(ranks):
 
 def test_two_ranks_end_with_the_weights_of_one(ranks):
     (first, _), alone, _ = ranks
-    assert set(first) - set(alone) == {"norm", "own statistics", ALONE, "published reweight", "published proposal"}
+    assert set(first) - set(alone) == {
+        *("norm", "own statistics", ALONE, ONE_STEP, "published reweight", "published proposal")
+    }
     for name, expected in alone.items():
         for key, value in expected.items():
             is_close = torch.allclose(first[name][key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
             assert is_close, f"{name}, {key}: {first[name][key]}, not {value}"
+
+
+def test_four_ranks_end_with_the_weights_of_one(ranks, tmp_path):
+    _, alone, _ = ranks
+    first, *others = run_ranks("tests.train.ranks", tmp_path, 4)
+    assert first.keys() == set(FOUR)
+    for name in FOUR:
+        assert all(is_same(first[name], other[name]) for other in others)
+        for key, value in alone[name].items():
+            torch.testing.assert_close(first[name][key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_as_published_each_rank_weighs_its_own_images_by_its_own_trusted_ones(ranks, tmp_path):
+    (first, _), _, _ = ranks
+    cfg, data = settings(**TRAININGS[ONE_STEP]), toy_data(tmp_path, flip_every=3)
+    gradients, trusted = [], []
+    for rank in range(2):
+        network = tiny_network()
+        method = build_method("reweight", network, cfg).to(memory_format=torch.channels_last).train()
+        method.setup(data, DistContext(), build_optimizers(cfg, method.param_groups()))
+        batch = Parts(Plan(cfg, 21, 2), data, rank, method)[0, 0, 0]
+        method(batch, Clock(0, 0, 0, 0.0)).loss.backward()
+        gradients.append([p.grad for p in network.parameters()])
+        trusted.append(sorted(batch.meta.positions.tolist()))
+    assert trusted[0] != trusted[1]
+    for (name, p), *both in zip(network.named_parameters(), *gradients, strict=True):
+        step = cfg.lr * (sum(both) / 2 + cfg.weight_decay * p)
+        torch.testing.assert_close(first[ONE_STEP][name], (p - step).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_two_ranks_that_are_stopped_go_on_with_the_same_bits(ranks):

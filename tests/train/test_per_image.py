@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medmask.errors import Stopped
 from medmask.train import per_image
@@ -53,6 +54,17 @@ def test_tables(tmp_path):
     per_image.write_table(tmp_path, 6, memory(predicted=[0.0] * 4), SIDE)
     assert [e for e in range(1, 13) if per_image.is_recorded(e, 5, 12)] == [5, 10, 12]
     assert per_image.recorded_epochs(tmp_path, 5, 12) == [5]
+
+
+def test_histograms_of_the_epochs_recorded_are_in_tensorboard(tmp_path):
+    cfg = settings(method="proposal", epochs=3, record_every=2)
+    _, state = run_fit(cfg, toy_data(tmp_path / "data", flip_every=3), tmp_path / "work")
+    board = EventAccumulator(str(tmp_path / "work" / "tensorboard"), {"histograms": 0}).Reload()
+    tags = {f"{name}/{kind}" for name in ("weight", "trust") for kind in ("clean", "flipped")}
+    assert set(board.Tags()["histograms"]) == tags
+    shown = {tag: board.Histograms(tag) for tag in tags}
+    assert {tuple(event.step for event in events) for events in shown.values()} == {(state.step // 3 * 2, state.step)}
+    assert [shown[f"weight/{kind}"][0].histogram_value.num for kind in ("clean", "flipped")] == [14, 7]
 
 
 def test_a_run_writes_them_and_a_resumed_one_the_same(tmp_path):
