@@ -28,6 +28,7 @@ def write_results(experiments):
         settings: dict[str, dict] = {"evaluate": {}}
         settings |= {"finetune": {"method": "reweight"}} if "weights" in figures else {}
         settings |= {"mask": {}} if "panels" in figures else {}
+        settings |= {"noise": {"kind": "symmetric", "rate": 0.4}} if "curves" in figures else {}
         settings["evaluate"] |= {"coverages": [1.0]} if "coverage" in figures else {}
         run = {"keys": {"finetune": "k"}, "settings": settings}
         files = {
@@ -38,7 +39,7 @@ def write_results(experiments):
             f"results/runs/{name}-abc/runs.json": json.dumps({"runs": [run]}),
             f"results/runs/{name}-old/runs.json": json.dumps({"runs": [{"keys": {"finetune": "gone"}}]}),
         }
-        every = ("metric", "weights", "coverage", "panels")  # some of them left from another config
+        every = ("metric", "weights", "curves", "coverage", "panels")  # some of them left from another config
         files |= {f"results/{name}/figures/{figure}.png": figure for figure in every}
         for path, text in files.items():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def write_results(experiments):
 
 
 def test_a_page_with_the_figures_that_there_are(collect):
-    write_results({"plain": (), "masked": ("panels", "coverage", "weights")})
+    write_results({"plain": (), "masked": ("panels", "coverage", "weights", "curves")})
     collect.main(Path("paper.yaml"))
     page = Path("docs/paper.md").read_text()
     plain, masked = page.split("## Title of masked")
@@ -62,6 +63,7 @@ def test_a_page_with_the_figures_that_there_are(collect):
         "paper-masked.png",
         "paper-masked.coverage.png",
         "paper-masked.weights.png",
+        "paper-masked.curves.png",
         "paper-masked.panels.png",
     ):
         assert f"]({name})" in masked

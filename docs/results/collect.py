@@ -21,6 +21,7 @@ SPECIAL = {  # figures that only some experiments have
     "coverage": "errors by coverage",
     "panels": "what the worst and the best masks leave to look at",
 }
+LEARNS = ("reweight", "refurbish", "proposal", "upper_bound")  # methods with weights or trusts
 
 
 def main(config: Path) -> None:
@@ -63,7 +64,7 @@ def special_figures(folder: Path, name: str) -> list[str]:
 
 def weighs(training: dict[str, Any]) -> bool:
     """Whether a finetuning gives its images weights or trusts."""
-    return "meta" in training or training.get("errors") == "reweight"
+    return training.get("method") in LEARNS or training.get("errors") == "reweight"
 
 
 def runs_of(folder: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def test_no_fault(whole):
 def test_time_limit_reached_twice(run, whole):
     run.env = {"MEDMASK_TEST_PAUSE": "1.2"}
     run.start("--set-resources", "pretrain_ddp:runtime=1")
-    run.finish(seconds=800)
+    run.finish(seconds=1100)  # a slow machine starts 8 ranks in half of the minute that they have
     assert run.starts()[-1]["restart"] >= 2
     assert_same(run, whole, requeues=run.starts()[-1]["restart"])
 

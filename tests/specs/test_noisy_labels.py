@@ -102,11 +102,9 @@ def test_fact_3_published_marks(manifest, rate, counts):
     assert all(row.given == (true[plain(row.image)] if row.mark else 0) for row in rows)
 
 
-@needs_data
 @pytest.mark.parametrize(("rate", "flips"), [(0.2, 1000), (0.4, 2000), (0.8, 4000)])
-def test_fact_3_exact_number_of_flips(manifest, rate, flips):
-    rows, _ = split(manifest, kind="lists", mode="as_published", train="sub5000_train", test="sub1250_test")
-    labels = rows["label"][rows["side"] == "train"].to_numpy()
+def test_fact_3_exact_number_of_flips(rate, flips):
+    labels = np.repeat(range(9), COUNTS["sub5000_train"])
     noise = Noise(kind="symmetric", rate=rate, mode="as_published")
     assert (noise.sides, noise.targets) == (("train",), "all")
     noisy = flip_symmetric(labels, count_flips(len(labels), noise.rate), np.arange(9), np.random.default_rng(0))
@@ -132,7 +130,20 @@ def test_fact_4_flips_are_uniform_over_the_eight_other_classes():
     ],
 )
 def test_fact_5_split_sizes(manifest, keys):
-    rows, summary = split(manifest, mode="as_published", **keys)
+    check_split_sizes(manifest, keys)
+
+
+def test_fact_5_split_sizes_of_other_images():
+    """Of 7,000 images with two to a lesion, which as published is no reason to keep them together."""
+    names = [f"i{number}" for number in range(7000)]
+    labels = np.arange(7000) % 8
+    made = {"image_id": names, "sha256": names, "label": labels, "class_name": [CLASSES[k] for k in labels]}
+    table = pd.DataFrame({**made, "group": [f"l{number // 2}" for number in range(7000)], "split_hint": ""})
+    check_split_sizes(table, {"kind": "stratified", "sizes": {"train": 5000, "test": 1250}})
+
+
+def check_split_sizes(table: pd.DataFrame, keys: dict) -> None:
+    rows, summary = split(table, mode="as_published", **keys)
     assert (summary["sides"]["train"]["n"], summary["sides"]["test"]["n"], len(rows)) == (5000, 1250, 6250)
     assert rows["image_id"].is_unique
 
