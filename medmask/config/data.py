@@ -18,8 +18,8 @@ class Shortcut(Block):
 
     kind: Literal["rectangle", "disc", "ruler", "background", "foreground"] = Field(
         "rectangle",
-        description="shape: a square, a disc, ticks as of a ruler across the whole width, or, without size and place, "
-        "all pixels up to half of the brightest value (background) or above it (foreground)",
+        description="shape: a square, a disc, ticks as of a ruler across the whole width; or, without size and place, "
+        "all pixels whose largest channel is at most 127 of 255 (background), or all others (foreground)",
     )
     size: Int = Field(6, ge=1, description="side, diameter, or length of the ticks; pixels of the packed image")
     colour: tuple[Byte, Byte, Byte] = Field((0, 0, 255), description="RGB, 0 to 255")
@@ -47,6 +47,9 @@ class Shortcut(Block):
             raise ValueError(f"rate: need one above 0, got {self.rate}")
         if self.second and (self.kind not in ("rectangle", "disc") or self.place in ("centre", "random")):
             raise ValueError("second: need a rectangle or a disc in a corner, which has another side")
+        placed = {name: getattr(self, name) for name in ("size", "place", "margin") if name in self.model_fields_set}
+        if self.kind in ("background", "foreground") and placed:
+            raise ValueError(f"kind: {self.kind} has no size and no place, got {placed}")
         return self
 
     def is_frequent(self, class_name: str) -> bool:

@@ -44,5 +44,6 @@ def learnt_notes(cells: Sequence[Cell]) -> list[str]:
     return [
         "Training images with flipped labels: at the last epoch, mean ± standard deviation over seeds. AUROC: of low "
         "weights or trusts for flipped labels, 0.5 is chance. Mended: the target is, or is mostly, the true class. "
-        "Classified: when last trained on; as labelled means learnt by heart."
+        "Classified: when last trained on; as labelled means learnt by heart. Errors that confident learning has "
+        "removed are not counted."
     ]

@@ -53,12 +53,7 @@ def clean_direction(
     moving = {name: steps[p] for name, p in trained.items() if p in steps}
     moved = {name: target.requires_grad_() for name, (target, _) in moving.items()}
     with torch.enable_grad():
-        try:
-            logits = functional_call(network, {**moved, **copied_buffers(network)}, images)
-        except ValueError as error:  # torch's batch norm
-            raise ConfigError(
-                f"meta.size: {len(images)} trusted images are too few for this network; {error}"
-            ) from error
+        logits = clean_pass(network, moved, images)
         loss = functional.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
     return {
@@ -112,7 +107,7 @@ def forward_with_last_layer_tangents(
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     try:
         with torch.no_grad():
-            functional_call(network, copied_buffers(network), clean_images)
+            clean_pass(network, {}, clean_images)
         logits = network(images)
     finally:
         hook.remove()
@@ -181,6 +176,16 @@ def adam_step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -
 
 
 STEPS = {optim.SGD: sgd_step, optim.Adam: adam_step, optim.AdamW: adam_step}
+
+
+def clean_pass(network: nn.Module, moved: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Logits (M, K) of the trusted images with some parameters moved; running statistics stay as they are."""
+    try:
+        return functional_call(network, {**moved, **copied_buffers(network)}, images)
+    except ValueError as error:
+        if len(images) > 1:
+            raise
+        raise ConfigError(f"meta.size: batch norm has no statistics of one trusted image, take two; {error}") from error
 
 
 def copied_buffers(network: nn.Module) -> dict[str, Tensor]:

@@ -119,15 +119,15 @@ class MetaLearning(Method):
         self.size = len(everyone)
         scaled = rescaled(everyone, self.cfg.rescale, lr)
         trust = scaled.sigmoid() if self.refurbishes else torch.ones_like(everyone)
-        weight, empty = torch.ones_like(everyone), agreement.new_zeros(1, dtype=torch.bool)
+        weight = torch.ones_like(everyone)
         if self.weighs:
             raw = everyone.clamp(min=0) if self.cfg.weights == "clamp" else scaled.sigmoid()
-            weight, is_empty = normalised(raw, self.cfg.epsilon)
-            empty = is_empty.view(1)
-            if self.is_alone:
-                empty = self.ctx.gather_rows(empty.float(), 1)[:, 0] > 0
+            weight = normalised(raw, self.cfg.epsilon)
         if getattr(self.cfg, "alternate", False):
             weight, trust = self.take_turns(weight, trust, clock)
+        empty = (weight == 0).all().view(1)
+        if self.is_alone and self.weighs:
+            empty = self.ctx.gather_rows(empty.float(), 1)[:, 0] > 0
         return weight[before : before + n], trust[before : before + n], empty
 
     def take_turns(self, weight: Tensor, trust: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class MetaLearning(Method):
 
     def notes(self) -> list[str]:
         n, whose = int(self.empty_steps), " of a rank" if self.is_alone else ""
-        done = "without any weight a step is skipped" if self.skips else "these images taught nothing"
+        done = "they were skipped" if self.skips and not self.is_alone else "its images taught nothing"
         return [f"all weights{whose} were 0 in {n} steps: {done}"] if n else []
 
 
@@ -170,11 +170,10 @@ def rescaled(agreement: Tensor, how: str, lr: float) -> Tensor:
     return (agreement - agreement.mean()) / torch.where(spread > 0, spread, 1)
 
 
-def normalised(weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Weights (N,) over their mean, all 0 where they are, and whether they are. With epsilon: over sum + epsilon."""
+def normalised(weight: Tensor, epsilon: float) -> Tensor:
+    """Weights (N,) over their mean, all 0 where they are. With epsilon: over sum + epsilon."""
     total = weight.sum() + epsilon
-    is_empty = weight.sum() == 0
-    return weight / torch.where(is_empty, 1, total) * len(weight), is_empty
+    return weight / torch.where(total > 0, total, 1) * len(weight)
 
 
 def blend_hard(given: Tensor, predicted: Tensor, trust: Tensor, how: str) -> Tensor:

@@ -66,7 +66,7 @@ def test_a_second_one_mirrors_place_and_channels():
 )
 def test_background_and_foreground_are_coloured(kind, expected):
     pixels = np.array([[[0, 0, 0], [127, 127, 127], [5, 5, 200]]], dtype=np.uint8)
-    cued = draw_cue(pixels, Shortcut(rate=RATE, kind=kind, colour=(9, 8, 7), size=50), 0)
+    cued = draw_cue(pixels, Shortcut(rate=RATE, kind=kind, colour=(9, 8, 7)), 0)
     assert cued.dtype == np.uint8
     assert cued[0].tolist() == expected
     assert pixels[0, 0].tolist() == [0, 0, 0]
@@ -76,6 +76,12 @@ def test_background_and_foreground_are_coloured(kind, expected):
 def test_a_second_one_needs_another_side(cue):
     with pytest.raises(ValidationError, match="second: need a rectangle or a disc in a corner"):
         Shortcut(rate=RATE, second=True, **cue)
+
+
+@pytest.mark.parametrize("key", [{"size": 3}, {"place": "centre"}, {"margin": 1}])
+def test_what_is_coloured_everywhere_has_no_place(key):
+    with pytest.raises(ValidationError, match="kind: background has no size and no place"):
+        Shortcut(rate=RATE, kind="background", **key)
 
 
 def test_drawing_leaves_the_image_and_the_rest_of_the_copy_alone():

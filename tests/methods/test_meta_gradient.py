@@ -315,9 +315,11 @@ def test_a_step_without_known_derivative_is_refused(make, name):
 
 def test_one_trusted_image_is_too_few_for_a_batch_norm_of_features():
     network = make_network()
-    _, _, images, labels = make_batches()
-    with pytest.raises(ConfigError, match="1 trusted images are too few for this network"):
-        clean_direction(network, SGD(network.parameters(), lr=0.1), images[:1], labels[:1])
+    images, labels, clean_images, clean_labels = make_batches()
+    batches = images, labels, clean_images[:1], clean_labels[:1]
+    for forward in (None, forward_with_last_layer_tangents):
+        with pytest.raises(ConfigError, match="batch norm has no statistics of one trusted image, take two"):
+            agreement_by_ours(network, SGD(network.parameters(), lr=0.1), *batches, forward=forward)
 
 
 def test_a_network_without_a_linear_layer_has_no_last_one():

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
+from medmask.config.finetuning import Meta
 from medmask.config.training import Augment
 from medmask.errors import ConfigError, Stopped
 from medmask.methods import build_method
@@ -170,7 +171,35 @@ def test_a_batch_without_a_weight_teaches_nothing_and_is_counted(tmp_path):
     assert float(method.network.head.weight.grad.abs().max()) == 0
     method.after_step(clock(0), DistContext())
     assert method.memory()["weight"][[0, 2, 4]].tolist() == [0, 0, 0]
-    assert method.notes() == ["all weights were 0 in 1 steps: without any weight a step is skipped"]
+    assert method.notes() == ["all weights were 0 in 1 steps: they were skipped"]
+    assert bool(out.skip)
+    for other_is_empty in (False, True):  # with another rank that weighs its own images
+        ctx = Beside(other_is_empty)
+        method.cfg = method.cfg.model_copy(update={"meta": Meta(scope="rank")})
+        method.setup(data, ctx, method.optimizers)
+        out = method(shifted, clock(0))
+        assert (bool(out.skip), float(out.logs["meta/empty_steps"])) == (other_is_empty, 1.0)
+
+
+class Beside(DistContext):
+    """The first of two ranks; of a row that is asked for, the other one gives a 1 or a 0."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__(rank=0, world=2)
+        self.other = float(other)
+
+    def gather_rows(self, values, most):
+        return torch.stack([values, torch.full_like(values, self.other)])
+
+
+def test_the_weights_that_are_used_say_whether_a_step_is_skipped(tmp_path):
+    data = toy_data(tmp_path)
+    method = make(data, method="proposal", weights="clamp", alternate=True, drop_last=True, batch_size=2)
+    disagree, agree = -torch.ones(2), torch.ones(2)
+    for step, agreement, is_empty in ((0, disagree, True), (1, agree, True), (2, agree, False), (3, disagree, False)):
+        weight, _, empty = method.judge(agreement, 0.1, clock(step))  # odd steps have the weights of the step before
+        assert (bool(empty.all()), bool((weight == 0).all())) == (is_empty, is_empty)
+        method.after_step(clock(step), DistContext())
 
 
 @pytest.mark.parametrize("epsilon", [0, 1e-10])
@@ -188,7 +217,7 @@ def test_steps_without_a_weight_leave_the_network_alone_but_as_published(tmp_pat
     assert (method.memory()["weight"] == 0).all()
     assert torch.equal(network.head.weight, before) == (epsilon == 0)
     assert bool(method.optimizers["network"].state) == (epsilon > 0)
-    said = "without any weight a step is skipped" if epsilon == 0 else "these images taught nothing"
+    said = "they were skipped" if epsilon == 0 else "its images taught nothing"
     assert method.notes() == [f"all weights were 0 in {state.step} steps: {said}"]
 
 
@@ -201,12 +230,11 @@ def test_scales_before_the_sigmoid():
 
 
 def test_normalised_weights():
-    weight, is_empty = normalised(torch.tensor([1.0, 3.0]), 0.0)
-    assert (weight.tolist(), bool(is_empty)) == ([0.5, 1.5], False)
-    weight, is_empty = normalised(torch.zeros(2), 0.0)
-    assert (weight.tolist(), bool(is_empty)) == ([0, 0], True)
-    assert normalised(torch.tensor([1.0, 3.0]), 4.0)[0].tolist() == [0.25, 0.75]
-    assert normalised(torch.tensor([0.0, 1e-40]), 0.0)[0].tolist() == [0, 2]
+    assert normalised(torch.tensor([1.0, 3.0]), 0.0).tolist() == [0.5, 1.5]
+    assert normalised(torch.zeros(2), 0.0).tolist() == [0, 0]
+    assert normalised(torch.zeros(2), 1e-10).tolist() == [0, 0]
+    assert normalised(torch.tensor([1.0, 3.0]), 4.0).tolist() == [0.25, 0.75]
+    assert normalised(torch.tensor([0.0, 1e-40]), 0.0).tolist() == [0, 2]
 
 
 def test_hard_blends():

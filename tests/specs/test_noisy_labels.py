@@ -208,7 +208,7 @@ def test_published_values_and_settings():
         assert cfg.augment.model_dump() == {
             "flip": 0.5, "vertical_flip": 0, "rotate": 180, "crop_scale": (0.3, 1), "crop_ratio": (3 / 4, 4 / 3),
         }  # fmt: skip
-    assert blocks[blocks["published_upper"].teacher.finetune].epochs == 180
+    assert blocks[blocks["published_upper"].teacher.finetune].epochs == 181
     assert (blocks["published_upper"].weights, blocks["published_upper"].rescale) == ("sigmoid", "none")
 
 
