@@ -38,12 +38,17 @@ def learnt_grids(cells: Sequence[Cell], decimals: int) -> list[Grid]:
 
 
 def learnt_notes(cells: Sequence[Cell]) -> list[str]:
-    """How that table is to be read."""
-    if not learnt_grids(cells, 3):
+    """How that table is to be read, by the columns that it has."""
+    grids = learnt_grids(cells, 3)
+    if not grids:
         return []
-    return [
-        "Training images with flipped labels: at the last epoch, mean ± standard deviation over seeds. AUROC: of low "
-        "weights or trusts for flipped labels, 0.5 is chance. Mended: the target is, or is mostly, the true class. "
-        "Classified: when last trained on; as labelled means learnt by heart. Errors that confident learning has "
-        "removed are not counted."
-    ]
+    heads = " ".join(grids[0].header)
+    methods = {run.settings.get("finetune", {}).get("method") for cell in cells for run in cell.finished}
+    sentences = {
+        "Training images with flipped labels: at the last epoch, mean ± standard deviation over seeds.": True,
+        "AUROC: of low weights or trusts for flipped labels, 0.5 is chance.": "AUROC" in heads,
+        "Mended: the target is, or is mostly, the true class.": "mended" in heads,
+        "Classified: when last trained on; as labelled means learnt by heart.": "classified" in heads,
+        "Errors that confident learning has removed are not counted.": "confident" in methods,
+    }
+    return [" ".join(sentence for sentence, is_needed in sentences.items() if is_needed)]

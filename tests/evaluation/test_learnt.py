@@ -6,9 +6,11 @@ from medmask.evaluation.learnt import learnt_grids, learnt_notes
 from medmask.evaluation.tables import DASH
 
 
-def cell(name, *histories):
+def cell(name, *histories, method="reweight"):
+    settings = {"finetune": {"method": method}}
     runs = [
-        SimpleNamespace(history=lambda stage, lines=lines: lines if stage == "finetune" else []) for lines in histories
+        SimpleNamespace(history=lambda stage, lines=lines: lines if stage == "finetune" else [], settings=settings)
+        for lines in histories
     ]
     return SimpleNamespace(name=name, finished=runs)
 
@@ -32,7 +34,12 @@ def test_the_last_epoch_of_each_seed_counts():
     (grid,) = learnt_grids(cells, 2)
     assert grid.header == ["", "AUROC of weights", "flipped: classified as labelled"]
     assert grid.rows == [["clamp", "0.80 ± 0.14", "0.20 ± 0.14"], ["erm", DASH, "0.50"]]
-    assert len(learnt_notes(cells)) == 1
+    (note,) = learnt_notes(cells)
+    assert "AUROC: " in note
+    assert "Classified: " in note
+    assert "Mended: " not in note  # there is no such column
+    assert "confident" not in note
+    assert "confident" in learnt_notes([*cells, cell("cl", [epoch(flipped_as_given=0.5)], method="confident")])[0]
 
 
 def test_without_flips_there_is_no_table():
