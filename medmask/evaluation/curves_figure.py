@@ -1,7 +1,7 @@
 """Curves of the trainings by epoch: loss, validation, and whether flipped labels are learnt by heart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -26,7 +26,8 @@ LABELS = CURVES | FLIPPED
 def curves_figure(cells: Sequence[Cell]) -> Figure:
     """Loss, validation and what becomes of flipped images by epoch, a panel for each column of the table.
 
-    A colour for each line of the table; seeds are thin, their mean is thick.
+    A colour for each line of the table; seeds are thin, their mean is thick. Where one training of a panel has more
+    than three times the epochs of another (few images, many epochs) the axis is the share of each training's epochs.
     """
     stages = [s for s in ("pretrain", "finetune") if any(run.history(s) for cell in cells for run in cell.runs)]
     if not stages:
@@ -43,13 +44,19 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
     for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
-        for cell in (cell for cell in cells if cell.head == head):
-            draw_curves(ax, [by_epoch(run.history(stage), name) for run in cell.runs], styles[lines.index(cell.line)])
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        curves = {c.line: [by_epoch(run.history(stage), name) for run in c.runs] for c in cells if c.head == head}
+        by_share = differ_in_length(curve for members in curves.values() for curve in members)
+        for line, members in curves.items():
+            draw_curves(ax, members, styles[lines.index(line)], by_share)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=not by_share, min_n_ticks=1))
+        if not ax.lines:
+            ax.set_xticks([])
+            ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
         ax.grid(color="#e4e4e4", linewidth=0.6)
         if k % wide == 0 or len(heads) == 1:
             ax.set_ylabel(f"{stage}\n{LABELS[name]}")
-        ax.set(title=head if k < wide else "", xlabel="epoch" if k >= len(shown) - wide else "")
+        ax.set_title(head if k < wide else "")
+        ax.set_xlabel("share of the epochs" if by_share else "epoch" if k >= len(shown) - wide else "")
     handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
     figure.legend(handles=handles, loc="outside right upper")
     return figure
@@ -72,10 +79,19 @@ def by_epoch(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
     return {epoch: float(np.mean(numbers)) for epoch, numbers in sorted(values.items())}
 
 
-def draw_curves(axes: Axes, curves: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
+def differ_in_length(curves: Iterable[dict[int, float]]) -> bool:
+    """Whether the longest of the curves has more than three times the epochs of the shortest."""
+    lengths = [max(curve) for curve in curves if curve]
+    return bool(lengths) and max(lengths) > 3 * min(lengths)
+
+
+def draw_curves(axes: Axes, curves: Sequence[dict[int, float]], style: dict[str, Any], by_share: bool) -> None:
     known = [curve for curve in curves if curve]
+    last = max(map(max, known)) if known and by_share else 1
     for curve in known if len(known) > 1 else []:
-        axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.35, **style)
+        axes.plot(np.array(list(curve)) / last, list(curve.values()), lw=0.7, alpha=0.35, **style)
     shared = sorted(set.intersection(*map(set, known))) if known else []
-    marker = "o" if len(shared) == 1 else None
-    axes.plot(shared, [np.mean([c[e] for c in known]) for e in shared], lw=1.8, marker=marker, **style)
+    if shared:
+        marker = "o" if len(shared) == 1 else None
+        means = [np.mean([c[e] for c in known]) for e in shared]
+        axes.plot(np.array(shared) / last, means, lw=1.8, marker=marker, **style)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from medmask.evaluation.cells import Cell, Measure
 from medmask.evaluation.collect import Run
@@ -238,6 +239,7 @@ def weights_figure(cells: Sequence[Cell]) -> Figure:
             if len(part):
                 style: Any = {"histtype": "step", "color": COLOURS[is_flipped], "label": label, "lw": 1.5}
                 ax.hist(part, edges.tolist(), weights=np.full(len(part), 1 / len(part)), **style)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(wrapped(title, 32))
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=2)

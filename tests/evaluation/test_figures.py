@@ -101,6 +101,20 @@ def test_flipped_images_have_curves_where_there_are_any(experiment, monkeypatch)
     assert shown({"epoch": 1, "train/flipped_as_given": 0.5}) == plain + flipped
 
 
+@pytest.mark.parametrize(("short", "by_share"), [(2, True), (3, False)])
+def test_trainings_of_very_different_lengths_share_an_axis(experiment, monkeypatch, short, by_share):
+    _, cells = experiment
+
+    def history(run, stage):
+        epochs = 9 if run["row"] == cells[0].runs[0]["row"] else short
+        return [{"epoch": k + 1, "loss/total": 1.0} for k in range(epochs if stage == "finetune" else 0)]
+
+    monkeypatch.setattr(Run, "history", history)
+    panel = max(curves_figure(cells).axes, key=lambda ax: len(ax.lines))
+    assert {line.get_xdata()[-1] for line in panel.lines} == ({1} if by_share else {9, 3})
+    assert (panel.get_xlabel() == "share of the epochs") == by_share
+
+
 def test_nothing_finished_still_gives_figures(experiment):
     runs, _ = experiment
     failed = make_cells([run for run in runs if not run.finished], "noise")
