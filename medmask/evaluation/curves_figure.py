@@ -44,9 +44,9 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
     for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
-        curves = {c.line: [by_epoch(run.history(stage), name) for run in c.runs] for c in cells if c.head == head}
-        by_share = differ_in_length(curve for members in curves.values() for curve in members)
-        for line, members in curves.items():
+        curves = [(c.line, [by_epoch(run.history(stage), name) for run in c.runs]) for c in cells if c.head == head]
+        by_share = differ_in_length(curve for _, members in curves for curve in members)
+        for line, members in curves:
             draw_curves(ax, members, styles[lines.index(line)], by_share)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=not by_share, min_n_ticks=1))
         if not ax.lines:

@@ -115,6 +115,15 @@ def test_trainings_of_very_different_lengths_share_an_axis(experiment, monkeypat
     assert (panel.get_xlabel() == "share of the epochs") == by_share
 
 
+def test_lines_of_one_name_keep_their_curves(experiment, monkeypatch):
+    _, cells = experiment
+    head = max((cell.head for cell in cells), key=[cell.head for cell in cells].count)
+    members = [replace(cell, line="same") for cell in cells if cell.head == head]
+    monkeypatch.setattr(Run, "history", lambda self, stage: [{"epoch": 1, "loss/total": 1.0}] * (stage == "finetune"))
+    drawn = [line for line in curves_figure(members).axes[0].lines if line.get_linewidth() > 1]
+    assert len(drawn) == len(members) > 1
+
+
 def test_nothing_finished_still_gives_figures(experiment):
     runs, _ = experiment
     failed = make_cells([run for run in runs if not run.finished], "noise")
