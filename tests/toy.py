@@ -135,7 +135,7 @@ def run_ranks(module: str, folder: Path, n: int = 2) -> list[dict[str, Any]]:
         )
         for rank in range(n)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * n, errors
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(n)]
 

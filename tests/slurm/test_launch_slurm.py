@@ -187,7 +187,7 @@ def test_a_job_that_ends_while_nobody_waits(run, whole):
     wait_for(lambda: bool(list(run.work.glob("finished-*/record.json"))))
     assert not run.out.exists()
     run.start()
-    assert "a job had finished this run" in run.end(seconds=20)
+    assert "a job had finished this run" in run.end()
     assert_same(run, whole)
     assert jobs_of(name) == 1
 
@@ -228,7 +228,7 @@ def test_cancelled_by_hand(run):
 @pytest.mark.parametrize(("flag", "reason"), [("--partition", "partition"), ("--account", "account")])
 def test_a_wrong_place_is_refused_in_one_line(run, flag, reason):
     run.start(flag, "nowhere")
-    said = run.end(2, seconds=30).splitlines()
+    said = run.end(2).splitlines()
     assert len(said) == 1
     assert said[0].startswith("medmask launch: error: sbatch: ")
     assert reason in said[0].lower()

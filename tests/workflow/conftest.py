@@ -20,7 +20,7 @@ class Workflow:
         paths = [str(Path(__file__).with_name("offline")), os.environ.get("PYTHONPATH", "")]
         self.environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
-    def __call__(self, *arguments, config=None, configfile=TINY, timeout=240) -> subprocess.CompletedProcess:
+    def __call__(self, *arguments, config=None, configfile=TINY, timeout=500) -> subprocess.CompletedProcess:
         if config is not None:
             configfile = self.folder / "changed.yaml"
             configfile.write_text(yaml.safe_dump(config, sort_keys=False))
