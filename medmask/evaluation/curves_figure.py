@@ -56,7 +56,8 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
         if k % wide == 0 or len(heads) == 1:
             ax.set_ylabel(f"{stage}\n{LABELS[name]}")
         ax.set_title(head if k < wide else "")
-        ax.set_xlabel("share of the epochs" if by_share else "epoch" if k >= len(shown) - wide else "")
+        if ax.lines and (by_share or k >= len(shown) - wide):
+            ax.set_xlabel("share of the epochs" if by_share else "epoch")
     handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
     figure.legend(handles=handles, loc="outside right upper")
     return figure
