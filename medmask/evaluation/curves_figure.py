@@ -1,4 +1,4 @@
-"""Curves of the trainings by epoch: loss, validation, and whether flipped labels are learnt by heart."""
+"""Curves of the trainings by epoch: loss, validation, and whether flipped labels are found, mended or learnt by heart."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,6 +18,9 @@ CURVES = {"loss/total": "training loss", "val/balanced_accuracy": "validation\nb
 FLIPPED = {  # of the training images, when last trained on
     "train/flipped_as_given": "flipped images classified\nas labelled, wrongly",
     "train/flipped_as_true": "flipped images classified\nas they truly are",
+    "train/flipped_mended": "flipped images with\ntheir target mended",
+    "train/auroc_weight": "AUROC of low weights\nfor flipped images",
+    "train/auroc_trust": "AUROC of low trusts\nfor flipped images",
 }
 LABELS = CURVES | FLIPPED
 
@@ -40,10 +43,12 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
     ]
     shown = [(stage, name, head) for stage in stages for name in names_of(cells, stage) for head in heads]
     wide = max(len(heads), 2)  # with a single column, loss and validation stand side by side
-    high = len(shown) // wide
+    high = math.ceil(len(shown) / wide)
     figure = Figure(figsize=(2.2 + 3.1 * wide, 0.6 + 2.2 * high), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False, sharey="row" if len(heads) > 1 else False).ravel()
-    for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=True)):
+    for ax in grid[len(shown) :]:
+        ax.set_axis_off()
+    for k, (ax, (stage, name, head)) in enumerate(zip(grid, shown, strict=False)):
         curves = [(c.line, [by_epoch(run.history(stage), name) for run in c.runs]) for c in cells if c.head == head]
         by_share = differ_in_length(curve for _, members in curves for curve in members)
         for line, members in curves:
@@ -64,10 +69,9 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def names_of(cells: Sequence[Cell], stage: str) -> list[str]:
-    """The curves of a stage: those of flipped images where it has seen any."""
-    histories = (run.history(stage) for cell in cells for run in cell.runs)
-    has_flips = any(name in line for history in histories for line in history for name in FLIPPED)
-    return [*CURVES, *(FLIPPED if has_flips else ())]
+    """The curves of a stage: those of flipped images where a training has them."""
+    known = {name for cell in cells for run in cell.runs for line in run.history(stage) for name in line}
+    return [*CURVES, *(name for name in FLIPPED if name in known)]
 
 
 def by_epoch(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:

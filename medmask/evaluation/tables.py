@@ -76,7 +76,7 @@ def cost(run: Run) -> dict[str, Any]:
 
 
 def trusted_labels(run: Run) -> int:
-    """True labels that a run has used: those of its trusted images, and for the upper bound those of all others."""
+    """True labels that a run has used: of its trusted images, of all others for the upper bound, of validation."""
     split = run.read("split", "split.json")
     sizes = {side: facts.get("n", 0) for side, facts in split.get("sides", {}).items()}
     n_meta = sizes.get("meta_set", 0) + sum(split.get("shared_meta_set", {}).values())
@@ -89,7 +89,9 @@ def trusted_labels(run: Run) -> int:
             times = settings.get("ranks", 1) if meta["scope"] == "rank" else 1
             once = min(n_meta, (meta["size"] or n_meta) * times)
             found = max(found, once if meta["refresh"] == "once" else n_meta)
-        used = max(used, found + (sizes.get("train", 0) if settings.get("method") == "upper_bound" else 0))
+        found += sizes.get("train", 0) if settings.get("method") == "upper_bound" else 0
+        found += sizes.get("val", 0) if settings.get("validation_labels") == "true" else 0
+        used = max(used, found)
     return used
 
 

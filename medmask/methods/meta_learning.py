@@ -157,7 +157,7 @@ class MetaLearning(Method):
     def notes(self) -> list[str]:
         n, whose = int(self.empty_steps), " of a rank" if self.is_alone else ""
         done = "they were skipped" if self.skips and not self.is_alone else "its images taught nothing"
-        return [f"all weights{whose} were 0 in {n} steps: {done}"] if n else []
+        return [f"all weights{whose} were 0 in {n} step{'s' * (n != 1)}: {done}"] if n else []
 
 
 def rescaled(agreement: Tensor, how: str, lr: float) -> Tensor:

@@ -29,14 +29,17 @@ def write_weights(path: Path, split: Path, side: Rows, work_dir: Path, cfg: Trai
 
 
 def write_soft_labels(path: Path, split: Path, side: Rows, targets: Tensor | None, classes: list[str]) -> None:
-    """The method's last target of each training image, scaled to a sum of 1; a header alone where it keeps none."""
+    """The method's last target of each training image, scaled to a sum of 1; a header alone where it keeps none.
+
+    Empty where an image has none, as one that was in no step (`drop_last` with a fixed order).
+    """
     columns = [f"prob_{name}" for name in classes]
     names = image_ids(split)
     rows: list[dict[str, Any]] = []
     if targets is not None:
         targets = targets / targets.sum(1, keepdim=True).clamp(min=torch.finfo(targets.dtype).tiny)
         for place, values in zip(side.positions, targets.tolist(), strict=True):
-            texts = (f"{value:.6g}" for value in values)
+            texts = (f"{value:.6g}" if any(values) else "" for value in values)
             rows.append({"image_id": names[place], **dict(zip(columns, texts, strict=True))})
     io.write_csv(path, ("image_id", *columns), rows)
 

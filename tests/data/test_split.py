@@ -312,6 +312,8 @@ def test_meta_set_from_a_list():
         meta(manifest, {"list": "m"}, crossing="refuse")
     with pytest.raises(DataError, match="groups, on another side: i1; see `crossing`"):
         meta(make_manifest([0] * 3, None, ["train", "test;m", "m"]), {"list": "m"}, crossing="refuse")
+    with pytest.raises(DataError, match="no image of list m is free; 2 are on other sides"):
+        meta(make_manifest([0, 1], None, ["train;m", "test;m"]), {"list": "m"})
 
 
 @pytest.mark.parametrize("crossing", ["drop", "keep", "refuse"])

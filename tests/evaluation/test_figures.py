@@ -94,11 +94,13 @@ def test_flipped_images_have_curves_where_there_are_any(experiment, monkeypatch)
 
     plain = ["finetune training loss", "finetune validation balanced accuracy"]
     assert shown({"epoch": 1, "loss/total": 1.0}) == plain
+    learnt = {"train/flipped_as_given": 0.5, "train/flipped_as_true": 0.5, "train/auroc_weight": 0.5}
     flipped = [
         "finetune flipped images classified as labelled, wrongly",
         "finetune flipped images classified as they truly are",
+        "finetune AUROC of low weights for flipped images",
     ]
-    assert shown({"epoch": 1, "train/flipped_as_given": 0.5}) == plain + flipped
+    assert shown({"epoch": 1, **learnt}) == plain + flipped
 
 
 @pytest.mark.parametrize(("short", "by_share"), [(2, True), (3, False)])
@@ -113,6 +115,15 @@ def test_trainings_of_very_different_lengths_share_an_axis(experiment, monkeypat
     panel = max(curves_figure(cells).axes, key=lambda ax: len(ax.lines))
     assert {line.get_xdata()[-1] for line in panel.lines} == ({1} if by_share else {9, 3})
     assert (panel.get_xlabel() == "share of the epochs") == by_share
+
+
+def test_an_odd_number_of_curves_of_one_column_leaves_a_place_empty(experiment, monkeypatch):
+    _, cells = experiment
+    line = {"epoch": 1, "loss/total": 1.0, "train/auroc_weight": 0.5}
+    monkeypatch.setattr(Run, "history", lambda self, stage: [line] * (stage == "finetune"))
+    axes = curves_figure([cell for cell in cells if cell.head == cells[0].head]).axes
+    assert [ax.axison for ax in axes] == [True, True, True, False]
+    assert [ax.get_xlabel() for ax in axes] == ["", "", "epoch", ""]
 
 
 def test_lines_of_one_name_keep_their_curves(experiment, monkeypatch):
@@ -144,6 +155,10 @@ def test_weights_figure_tells_flipped_labels_from_the_others(experiment, monkeyp
     assert axes.get_title().replace("\n", " ").endswith("weight, AUROC 1.00")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["label kept", "label flipped"]
     assert axes.get_xlim()[1] < 3  # of the last epoch only
+    monkeypatch.setattr(Run, "weights", lambda self: table.assign(is_flipped=0))
+    figure = figures.weights_figure(cells[:1])
+    assert not any("AUROC" in ax.get_title() for ax in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["label kept"]
 
 
 def test_class_figure_shows_each_class_and_the_average(experiment):

@@ -133,12 +133,14 @@ def test_failed_cells_are_printed(experiment):
         ({"method": "reweight", "meta": {"refresh": "once", "size": 5}}, 5),
         ({"method": "reweight", "mode": "as_published", "meta": {"size": 3}, "ranks": 2, "batch_size": 4}, 6),
         ({"method": "upper_bound"}, 112),
+        ({"method": "supervised", "validation_labels": "true"}, 20),
+        ({"method": "reweight", "validation_labels": "true"}, 32),
     ],
 )
 def test_trusted_labels(tmp_path, settings, n):
     folder = tmp_path / "split" / "k"
     folder.mkdir(parents=True)
-    facts = {"sides": {"train": {"n": 100}, "meta_set": {"n": 10}}, "shared_meta_set": {"test": 2}}
+    facts = {"sides": {"train": {"n": 100}, "val": {"n": 20}, "meta_set": {"n": 10}}, "shared_meta_set": {"test": 2}}
     (folder / "split.json").write_text(json.dumps(facts))
     finetune = {"backbone": "small_cnn", "epochs": 1, "batch_size": 2, "lr": 0.1, **settings}
     run = Run({"keys": {"split": "k"}, "settings": {"finetune": finetune}}, tmp_path)

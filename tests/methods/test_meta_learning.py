@@ -171,7 +171,7 @@ def test_a_batch_without_a_weight_teaches_nothing_and_is_counted(tmp_path):
     assert float(method.network.head.weight.grad.abs().max()) == 0
     method.after_step(clock(0), DistContext())
     assert method.memory()["weight"][[0, 2, 4]].tolist() == [0, 0, 0]
-    assert method.notes() == ["all weights were 0 in 1 steps: they were skipped"]
+    assert method.notes() == ["all weights were 0 in 1 step: they were skipped"]
     assert bool(out.skip)
     for other_is_empty in (False, True):  # with another rank that weighs its own images
         ctx = Beside(other_is_empty)

@@ -395,6 +395,10 @@ def test_what_was_learnt_of_the_images(tmp_path):
     assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path, data, **more)]) == 0
     soft = pd.read_csv(more["soft-labels"])
     assert soft[["prob_c0", "prob_c1"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(34), abs=1e-5)
+    cfg |= {"order": "fixed", "drop_last": True}  # 34 images: two are in no step
+    assert cli.main(["finetune", "--config", json.dumps(cfg), *flags_of(tmp_path, data, **more)]) == 0
+    soft = pd.read_csv(more["soft-labels"])
+    assert soft.isna().sum().to_dict() == {"image_id": 0, "prob_c0": 2, "prob_c1": 2}
     assert cli.main(["finetune", "--config", json.dumps(SETTINGS), *flags_of(tmp_path, data, **more)]) == 0
     assert [path.read_text().count("\n") for path in more.values()] == [1, 1]
 

@@ -27,6 +27,7 @@ FOUR = ("reweight, whole batches", "refurbish, whole batches", "proposal, in tur
 TRAININGS = {
     **{f"method {name}": {"method": name} for name in METHODS},
     "reweight, sigmoid": {"method": "reweight", "weights": "sigmoid", "rescale": "none"},
+    "reweight, last layer": {"method": "reweight", "gradient": "last_layer"},
     "refurbish, hard": {"method": "refurbish", "targets": "hard", "reduction": "sum", "lr": 0.005},
     "proposal, soft": {"method": "proposal", "targets": "soft", "rescale": "lr", "augment": {"flip": 0.5}},
     **{f"{name}, whole batches": {"method": name, "drop_last": True} for name in ("reweight", "refurbish")},
