@@ -1,4 +1,4 @@
-"""Curves of the trainings by epoch: loss, validation, and whether flipped labels are found, mended or learnt by heart."""
+"""Curves of the trainings by epoch: loss, validation, and whether flipped labels are found, mended or memorised."""
 
 import math
 from collections.abc import Iterable, Sequence
