@@ -34,7 +34,7 @@ SHORT = {"epochs": 3, "batch_size": 8}
 
 
 def blocks() -> dict[str, dict[str, Any]]:
-    """Finetunings by name, each as often as its settings differ."""
+    """The finetunings of both files by name, and one with the whole meta set in each step."""
     papers = [ROOT / "config" / "papers" / f"noisy_labels_{name}.yaml" for name in ("small", "ablations")]
     found = [item for path in papers for item in yaml.safe_load(path.read_text())["finetunings"].items()]
     return dict(found) | {"whole meta set": {**dict(found)["mnist_clamp"], "meta": {"size": None}}}
