@@ -1,6 +1,6 @@
 """Which labels get the weight? `python docs/results/weights_by_label.py EXPERIMENT`, where its results are.
 
-Prints a table: for each row with weights and each label the images that carry it, those of them that are flipped, and
+Prints a table: for each run with weights and each label the images that carry it, those of them that are flipped, and
 the mean weight of the last epoch (1 is the mean of all images), over all seeds.
 """
 
@@ -18,12 +18,12 @@ def main(experiment: str) -> None:
     for run in runs_of(Path("results", experiment)):
         weights = weights_of(run)
         if len(weights):
-            runs.setdefault(run["row"], []).append(weights)
-    print("| row | label | images | flipped | mean weight |\n| --- | --- | --- | --- | --- |")
-    for row, tables in runs.items():
+            runs.setdefault(run["run"], []).append(weights)
+    print("| run | label | images | flipped | mean weight |\n| --- | --- | --- | --- | --- |")
+    for name, tables in runs.items():
         for label, found in pd.concat(tables).groupby("label", sort=False):
             n, flipped = len(found) / len(tables), found["is_flipped"].sum() / len(tables)
-            print(f"| {row} | {label} | {n:.0f} | {flipped:.0f} | {found['weight'].mean():.3f} |")
+            print(f"| {name} | {label} | {n:.0f} | {flipped:.0f} | {found['weight'].mean():.3f} |")
 
 
 def weights_of(run: dict) -> pd.DataFrame:

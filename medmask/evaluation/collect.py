@@ -101,6 +101,15 @@ class Run:
         """Settings of each stage with all defaults filled in."""
         return {stage: resolve(stage, given) for stage, given in self.plan["settings"].items()}
 
+    @property
+    def has_flips(self) -> bool:
+        return self.settings.get("noise", {}).get("rate", 0) > 0
+
+    def has_noisy_validation(self, training: dict[str, Any]) -> bool:
+        """Whether flipped labels are among those that choose the best epoch of a training, given by its settings."""
+        is_noisy = training.get("validation_labels") == "noisy"
+        return self.has_flips and is_noisy and "val" in self.settings["noise"].get("sides", [])
+
     def history(self, stage: str) -> list[dict[str, Any]]:
         """The lines of a training's history; lines that are cut off are left out."""
         path = self.path(stage, "history.jsonl")

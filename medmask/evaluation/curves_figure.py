@@ -61,8 +61,12 @@ def curves_figure(cells: Sequence[Cell]) -> Figure:
         if k % wide == 0 or len(heads) == 1:
             ax.set_ylabel(f"{stage}\n{LABELS[name]}")
         ax.set_title(head if k < wide else "")
-        if ax.lines and (by_share or k >= len(shown) - wide):
-            ax.set_xlabel("share of the epochs" if by_share else "epoch")
+        if by_share:
+            ax.set_xlabel("share of the epochs")
+    for column in range(wide):
+        drawn = [ax for ax in grid[column : len(shown) : wide] if ax.lines]
+        if drawn and not drawn[-1].get_xlabel():
+            drawn[-1].set_xlabel("epoch")
     handles = [Line2D([], [], label=wrapped(line, 26), **style) for line, style in zip(lines, styles, strict=True)]
     figure.legend(handles=handles, loc="outside right upper")
     return figure

@@ -137,10 +137,8 @@ def selection_notes(cells: Sequence[Cell], measure: Measure) -> list[str]:
         training = run.settings.get("finetune") or run.settings.get("pretrain") or {}
         if "select" not in training:
             continue
-        noise = run.settings.get("noise", {})
-        flipped = "val" in noise.get("sides", []) and noise.get("rate", 0) > 0
-        noisy = flipped and training["validation_labels"] == "noisy"
-        rule = f"{training['select']} on {'noisy' if noisy else 'clean'} validation labels"
+        quality = "noisy" if run.has_noisy_validation(training) else "clean"
+        rule = f"{training['select']} on {quality} validation labels"
         if run.read("split", "split.json").get("sides", {}).get("val", {}).get("n") == 0:
             rule = "nothing, since there are no validation images"
         rules.setdefault(rule, []).append(cell.name)

@@ -76,7 +76,10 @@ def cost(run: Run) -> dict[str, Any]:
 
 
 def trusted_labels(run: Run) -> int:
-    """True labels that a run has used: of its trusted images, of all others for the upper bound, of validation."""
+    """True labels that a run has used: of its trusted images, of all others for the upper bound, and of validation.
+
+    The last count where training labels are flipped, since other true labels cost nothing.
+    """
     split = run.read("split", "split.json")
     sizes = {side: facts.get("n", 0) for side, facts in split.get("sides", {}).items()}
     n_meta = sizes.get("meta_set", 0) + sum(split.get("shared_meta_set", {}).values())
@@ -90,7 +93,7 @@ def trusted_labels(run: Run) -> int:
             once = min(n_meta, (meta["size"] or n_meta) * times)
             found = max(found, once if meta["refresh"] == "once" else n_meta)
         found += sizes.get("train", 0) if settings.get("method") == "upper_bound" else 0
-        found += sizes.get("val", 0) if settings.get("validation_labels") == "true" else 0
+        found += sizes.get("val", 0) if settings and run.has_flips and not run.has_noisy_validation(settings) else 0
         used = max(used, found)
     return used
 

@@ -119,11 +119,11 @@ def test_trainings_of_very_different_lengths_share_an_axis(experiment, monkeypat
 
 def test_an_odd_number_of_curves_of_one_column_leaves_a_place_empty(experiment, monkeypatch):
     _, cells = experiment
-    line = {"epoch": 1, "loss/total": 1.0, "train/auroc_weight": 0.5}
+    line = {"epoch": 1, "loss/total": 1.0, "val/balanced_accuracy": 0.5, "train/auroc_weight": 0.5}
     monkeypatch.setattr(Run, "history", lambda self, stage: [line] * (stage == "finetune"))
     axes = curves_figure([cell for cell in cells if cell.head == cells[0].head]).axes
     assert [ax.axison for ax in axes] == [True, True, True, False]
-    assert [ax.get_xlabel() for ax in axes] == ["", "", "epoch", ""]
+    assert [ax.get_xlabel() for ax in axes] == ["", "epoch", "epoch", ""]  # below the lowest panel of either column
 
 
 def test_lines_of_one_name_keep_their_curves(experiment, monkeypatch):

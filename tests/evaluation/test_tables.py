@@ -133,15 +133,23 @@ def test_failed_cells_are_printed(experiment):
         ({"method": "reweight", "meta": {"refresh": "once", "size": 5}}, 5),
         ({"method": "reweight", "mode": "as_published", "meta": {"size": 3}, "ranks": 2, "batch_size": 4}, 6),
         ({"method": "upper_bound"}, 112),
-        ({"method": "supervised", "validation_labels": "true"}, 20),
-        ({"method": "reweight", "validation_labels": "true"}, 32),
     ],
 )
-def test_trusted_labels(tmp_path, settings, n):
+@pytest.mark.parametrize(
+    ("noise", "validation_labels", "n_val"),
+    [
+        ({"rate": 0.2}, "noisy", 0),
+        ({"rate": 0.2}, "true", 20),
+        ({"rate": 0.2, "mode": "as_published"}, "noisy", 20),  # no validation label is flipped
+        ({"rate": 0.0}, "true", 0),
+    ],
+)
+def test_trusted_labels(tmp_path, settings, n, noise, validation_labels, n_val):
     folder = tmp_path / "split" / "k"
     folder.mkdir(parents=True)
     facts = {"sides": {"train": {"n": 100}, "val": {"n": 20}, "meta_set": {"n": 10}}, "shared_meta_set": {"test": 2}}
     (folder / "split.json").write_text(json.dumps(facts))
     finetune = {"backbone": "small_cnn", "epochs": 1, "batch_size": 2, "lr": 0.1, **settings}
-    run = Run({"keys": {"split": "k"}, "settings": {"finetune": finetune}}, tmp_path)
-    assert trusted_labels(run) == n
+    finetune["validation_labels"] = validation_labels
+    settings = {"noise": {"kind": "symmetric", **noise}, "finetune": finetune}
+    assert trusted_labels(Run({"keys": {"split": "k"}, "settings": settings}, tmp_path)) == n + n_val

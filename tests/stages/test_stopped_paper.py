@@ -18,6 +18,7 @@ from medmask import cli
 from medmask.config.finetuning import AnyFinetuning
 from medmask.errors import Stopped
 from medmask.stages import finetune
+from medmask.train.checkpoint import Checkpointer
 from medmask.train.signals import StopFlag
 from tests.toy import StopAfter, write_data
 
@@ -68,6 +69,15 @@ def teachers(tmp_path_factory, data):
     return {name: folder / name / "model.safetensors" for name in ("mnist_erm", "isic_erm")}
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """What trainings have found to go on from, in their order."""
+    found: list[Any] = []
+    load = Checkpointer.load
+    monkeypatch.setattr(Checkpointer, "load", lambda self: found.append(load(self)) or found[-1])
+    return found
+
+
 def run(folder: Path, name: str, data: dict[str, Path], stop: Any = None, **inputs: Path) -> None:
     folder.mkdir(exist_ok=True)
     files = {
@@ -104,7 +114,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", blocks())
-def test_stopped_in_the_second_epoch_and_started_again(name, tmp_path, data, audit, teachers):
+def test_stopped_in_the_second_epoch_and_started_again(name, tmp_path, data, audit, teachers, loaded):
     inputs = inputs_of(name, audit, teachers)
     run(tmp_path / "whole", name, data, **inputs)
     steps = content(tmp_path / "whole")["record"]["steps"]
@@ -112,12 +122,13 @@ def test_stopped_in_the_second_epoch_and_started_again(name, tmp_path, data, aud
         run(tmp_path / "parts", name, data, stop=StopAfter(steps // 2), **inputs)
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     run(tmp_path / "parts", name, data, **inputs)
+    assert steps // 3 < loaded[-1]["state"]["step"] < 2 * steps // 3
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist_clamp", "mnist_soft", "isic_proposal_soft", "isic_pooled"])
-def test_killed_and_started_again(name, tmp_path, data):
+def test_killed_and_started_again(name, tmp_path, data, loaded):
     cfg = json.dumps({**blocks()[name], **SHORT, "epochs": 10})
 
     def command(folder: Path) -> list[str]:
@@ -137,4 +148,5 @@ def test_killed_and_started_again(name, tmp_path, data):
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     assert cli.main(command(tmp_path / "parts")) == 0
+    assert loaded[-1]["state"]["step"] > 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
