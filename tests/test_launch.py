@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,16 +17,10 @@ from medmask.launch import after, follow, launcher, local, queue, rank, slurm
 from medmask.launch.job import Job, Options, Unreachable, make_task, note, rank_file
 from medmask.models.weights import read_model
 from medmask.site import Answer
-from tests.toy import SETTINGS, is_same, write_data
+from tests.toy import OUTPUTS, SETTINGS, is_same, wait_for, write_data
 
 ROOT = Path(__file__).parents[1]
-OUTPUTS = {
-    "model": "model.safetensors",
-    "best": "best.safetensors",
-    "history": "history.jsonl",
-    "weights": "weights.csv",
-    "record": "record.json",
-}
+FILES = {**OUTPUTS, "weights": "weights.csv"}
 LONG = {**SETTINGS, "epochs": 40, "ranks": 2, "augment": {"flip": 0.5}, "schedule": {"kind": "cosine"}}
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -39,7 +32,7 @@ def data(tmp_path_factory):
 
 def command(folder: Path, data: dict[str, Path], settings=LONG) -> list[str]:
     flags = [text for name, path in data.items() for text in (f"--{name}", str(path))]
-    flags += [text for name, file in OUTPUTS.items() for text in (f"--{name}", str(folder / "out" / file))]
+    flags += [text for name, file in FILES.items() for text in (f"--{name}", str(folder / "out" / file))]
     return ["finetune", "--config", json.dumps(settings), "--work-dir", str(folder / "work"), *flags]
 
 
@@ -50,13 +43,6 @@ def launched(folder: Path, data: dict[str, Path], settings=LONG) -> list[str]:
 
 def start(line: list[str]) -> subprocess.Popen:
     return subprocess.Popen(line, env=ENVIRON, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(is_true: Callable[[], bool], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +62,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_two_ranks_end_like_one_and_show_the_log_of_the_first(whole, data, tmp_path):
     folder, errors = whole
-    assert sorted(p.name for p in (folder / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+    assert sorted(p.name for p in (folder / "out").iterdir()) == sorted([*FILES.values(), "config.json"])
     assert sorted(p.name for p in (folder / "work").iterdir()) == ["history.jsonl", "launch", "tensorboard"]
     assert "epoch 40/40 step 200/200" in errors
     assert errors.count("epoch 40/40") == 1
@@ -213,7 +199,7 @@ def finish(task, folder: Path) -> None:
 def test_a_job_that_reached_its_time_limit_is_submitted_again(fake, tmp_path):
     code, cluster = fake(leave(75), finish)
     assert (code, cluster.n) == (0, 2)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*OUTPUTS.values(), "config.json"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*FILES.values(), "config.json"])
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["launch"]
     assert len(list((tmp_path / "work" / "launch").glob("*/done"))) == 2
 

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ from medmask.train.fit import Execution, State, fit
 from medmask.train.loader import Rows, TrainingData
 
 OWN_KEYS = {"fold": {"fold": 0, "folds": 3}}  # keys that a method cannot do without
+OUTPUTS = {  # of a training, by the name of their flag
+    "model": "model.safetensors",
+    "best": "best.safetensors",
+    "history": "history.jsonl",
+    "record": "record.json",
+}
 SETTINGS: dict[str, Any] = {
     "method": "supervised",
     "backbone": "small_cnn",
@@ -138,6 +146,13 @@ def run_ranks(module: str, folder: Path, n: int = 2) -> list[dict[str, Any]]:
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * n, errors
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def wait_for(is_true: Callable[[], object], seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 from collect import runs_of
 
-from medmask import io
+from medmask.evaluation.collect import Run
 
 
 def main(experiment: str) -> None:
     runs: dict[str, list[pd.DataFrame]] = {}
     for run in runs_of(Path("results", experiment)):
-        weights = weights_of(run)
+        weights = weights_of(Run(run, Path("results")))
         if len(weights):
             runs.setdefault(run["run"], []).append(weights)
     print("| run | label | images | flipped | mean weight |\n| --- | --- | --- | --- | --- |")
@@ -26,14 +26,15 @@ def main(experiment: str) -> None:
             print(f"| {name} | {label} | {n:.0f} | {flipped:.0f} | {found['weight'].mean():.3f} |")
 
 
-def weights_of(run: dict) -> pd.DataFrame:
+def weights_of(run: Run) -> pd.DataFrame:
     """Label, weight and is_flipped of each training image at the last epoch; empty where nothing is weighed."""
-    keys = run["keys"]
-    weights = pd.read_csv(Path("results/finetune", keys["finetune"], "weights.csv"), dtype={"image_id": str})
+    weights = run.weights()
+    if weights.empty:
+        return weights
     last = weights[weights["epoch"] == weights["epoch"].max()].dropna(subset="weight")
-    labels = pd.read_csv(Path("results/noise", keys["noise"], "labels.csv"), dtype={"image_id": str})
+    labels = pd.read_csv(run.path("noise", "labels.csv"), dtype={"image_id": str})
     found = last.merge(labels[["image_id", "noisy_label"]], on="image_id").sort_values("noisy_label")
-    classes = io.read_json(Path("results/split", keys["split"], "split.json"))["classes"]
+    classes = run.read("split", "split.json")["classes"]
     return found.assign(label=found["noisy_label"].map(dict(enumerate(classes))))[["label", "weight", "is_flipped"]]
 
 

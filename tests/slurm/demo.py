@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from medmask.models.weights import read_model
-from tests.toy import is_same
+from tests.toy import is_same, wait_for
 
 ROOT = Path(__file__).parents[2]
 CLUSTER, HOOKS = (Path(__file__).with_name(name) for name in ("cluster.sh", "hooks"))
@@ -23,13 +22,6 @@ REQUEUE_WAIT = 4  # seconds before a requeued job is started, not two minutes; i
 
 def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-
-
-def wait_for(is_true: Callable[[], object], seconds: float = 150) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 def demo_config() -> dict:

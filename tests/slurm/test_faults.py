@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.demo import CLUSTER, Demo, assert_same, demo_config, slurm, wait_for
+from tests.slurm.demo import CLUSTER, Demo, assert_same, demo_config, slurm
+from tests.toy import wait_for
 
 STEPS = 68  # of the pretraining: 4 epochs of 17
 DEFAULT_CONF = Path("/etc/slurm/slurm.conf")

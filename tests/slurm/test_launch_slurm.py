@@ -12,8 +12,8 @@ import pytest
 
 from medmask import cli
 from medmask.models.weights import read_model
-from tests.slurm.demo import ROOT, hasten, slurm, wait_for
-from tests.toy import SETTINGS, is_same, write_data
+from tests.slurm.demo import ROOT, hasten, slurm
+from tests.toy import SETTINGS, is_same, wait_for, write_data
 
 NAMES = {"model": ".safetensors", "best": ".safetensors", "history": ".jsonl", "record": ".json"}
 LONG = {

@@ -17,8 +17,8 @@ from medmask.config.load import load_config
 from medmask.models.backbones import build_backbone
 from medmask.models.weights import read_model
 from medmask.runs import make_plan
-from tests.slurm.demo import ROOT, Demo, slurm, wait_for
-from tests.toy import SETTINGS, is_same, write_data
+from tests.slurm.demo import ROOT, Demo, slurm
+from tests.toy import SETTINGS, is_same, wait_for, write_data
 
 NAMES = {"model": ".safetensors", "best": ".safetensors", "history": ".jsonl", "record": ".json"}
 LONG = {**SETTINGS, "batch_size": 16, "augment": {"flip": 0.5}, "schedule": {"kind": "cosine"}}

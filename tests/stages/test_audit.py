@@ -11,18 +11,12 @@ from sklearn.metrics import roc_auc_score
 from medmask import cli
 from medmask.data.tables import short_digests
 from medmask.models.weights import read_model
-from tests.toy import SETTINGS, write_data
+from tests.toy import OUTPUTS, SETTINGS, write_data
 
 pytest.importorskip("cleanlab", reason="pip install 'medmask[cleanlab]'")
 FOLDS, N, EPOCHS = 3, 90, 6
 TRAINING = {**SETTINGS, "epochs": EPOCHS, "lr": 0.01}
 WEIGHTS = {"weights": "weights.csv", "soft-labels": "soft_labels.csv"}
-OUTPUTS = {
-    "model": "model.safetensors",
-    "best": "best.safetensors",
-    "history": "history.jsonl",
-    "record": "record.json",
-}
 
 
 def finetune(folder: Path, data: dict[str, Path], *flags: str, **changes) -> int:

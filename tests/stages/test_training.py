@@ -20,14 +20,7 @@ from medmask.stages.sides import read_sides
 from medmask.train import lease, signals
 from medmask.train.checkpoint import Checkpointer
 from medmask.train.signals import StopFlag
-from tests.toy import SETTINGS, is_same, settings, write_data
-
-OUTPUTS = {
-    "model": "model.safetensors",
-    "best": "best.safetensors",
-    "history": "history.jsonl",
-    "record": "record.json",
-}
+from tests.toy import OUTPUTS, SETTINGS, is_same, settings, write_data
 
 
 @pytest.fixture(scope="module")
